@@ -1,0 +1,49 @@
+# Everything a user or CI needs. `make repro` and `make test` each work by themselves on a fresh clone.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+export DVC_NO_ANALYTICS = true
+export MLFLOW_DISABLE_TELEMETRY = true
+
+.PHONY: repro test lint soak lock clean help
+
+help: ## Print this list.
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "ablate needs Python 3.11 or newer"'
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp per set of requirements, so that a second call installs nothing.
+$(VENV)/.installed: constraints.txt pyproject.toml | $(BIN)/python
+	$(PIP) install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.installed-dev: constraints.txt pyproject.toml | $(BIN)/python
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[hub,ray,qa,dev]'
+	touch $@ $(VENV)/.installed
+
+repro: $(VENV)/.installed ## Run the default pipeline: data, study, findings, report.
+	$(BIN)/dvc repro
+
+test: lint ## Lint, type-check and run the tests (under 8 minutes on 2 cores).
+	$(BIN)/python -m pytest -m "not soak"
+
+lint: $(VENV)/.installed-dev ## Style and types.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+soak: $(VENV)/.installed-dev ## Long proofs (up to an hour).
+	$(BIN)/python -m pytest -m soak --timeout 3600
+
+lock: ## Write constraints.txt anew from the newest allowed versions.
+	rm -rf $(VENV).lock && $(PYTHON) -m venv $(VENV).lock
+	$(VENV).lock/bin/python -m pip install --quiet --editable '.[hub,ray,qa,dev]'
+	{ echo '# Exact versions of everything; refreshed with `make lock`. Triton is left out: torch'"'"'s own pin decides it on a GPU machine.'; \
+	  $(VENV).lock/bin/python -m pip freeze --exclude-editable | grep -v '^triton==' | sed 's/+cpu$$//'; } > constraints.txt
+	rm -rf $(VENV).lock
+
+clean: ## Remove the environment and caches; results and reports stay.
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,60 @@
+"""What a tree feed-forward layer computes, as far as a kernel needs to know.
+
+Shape alphabet (used in every docstring, test and plot of this project):
+N tokens (batch x time, flattened) · d model width · K trees · D depth · L = 2^D leaves per tree · W leaf width ·
+M = 2^D - 1 internal nodes per tree · R = M·node_output + L·W output rows per tree · U = K(M + L·W) units ·
+A = K(D·node_output + W) units one token activates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Activation = Literal["gelu", "gelu_tanh", "relu", "relu2", "silu", "tanh"]
+Placement = Literal["unit", "tree", "sum"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TreeSpec:
+    """Shape and nonlinearity of one tree layer; routing settings reach a kernel only as thresholds or given leaves.
+
+    `node_gain` and `leaf_gain` multiply phi of node units and of leaf units (1 for `gain: raw`). For the placements
+    `tree` and `sum`, phi is applied to summed outputs and is the leaf's (`mirror`, `leaf_gain`).
+    """
+
+    trees: int
+    depth: int
+    leaf_width: int
+    node_output: bool = True
+    placement: Placement = "unit"
+    activation: Activation = "gelu"
+    mirror: float = 0.0
+    node_mirror: float = 0.0
+    node_gain: float = 1.0
+    leaf_gain: float = 1.0
+
+    @property
+    def leaves(self) -> int:
+        """L, leaves per tree."""
+        return 1 << self.depth
+
+    @property
+    def nodes(self) -> int:
+        """M, internal nodes per tree."""
+        return (1 << self.depth) - 1
+
+    @property
+    def in_rows(self) -> int:
+        """Rows of `w_in` per tree: M + L·W, nodes in heap order, then the leaves' units."""
+        return self.nodes + self.leaves * self.leaf_width
+
+    @property
+    def out_rows(self) -> int:
+        """R, rows of `w_out` per tree: `in_rows` with `node_output`, else L·W."""
+        return self.in_rows if self.node_output else self.leaves * self.leaf_width
+
+    @property
+    def path(self) -> int:
+        """D + W, responses recorded per token and tree: the path's nodes from the root down, then the leaf's units."""
+        return self.depth + self.leaf_width

@@ -1,0 +1,88 @@
+"""What one trial gives back: plain data, written once as JSON beside a parquet table of leaf usage."""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+from ablate.config import Section, Trial
+
+Status = Literal["finished", "diverged", "pruned", "killed"]
+
+
+class Evaluation(Section):
+    """One evaluation on the fixed held-out slice."""
+
+    step: int
+    """Optimizer steps done before it."""
+    tokens: int
+    """Training tokens seen before it."""
+    bpb: float | None
+    """Bits per byte; None where the loss was not finite."""
+    train_loss: float | None
+    """Mean training loss (nats a token) since the previous evaluation; None at step 0."""
+    lr: float
+    seconds: float
+    """Training seconds so far, evaluations excluded."""
+    balance: dict[str, float] = {}
+    """Balance metrics (balance.metrics.summary): `name` mean over trees and layers, `name_worst`, `layer<i>/name`."""
+
+
+class Cost(Section):
+    """Exact counts for one configuration, from model.counts."""
+
+    total_params: int
+    active_params: int
+    """Parameters that one token touches, embeddings' single row included."""
+    total_units: int
+    active_units: int
+    active_frac: float
+    flops_per_token: int
+    """Forward multiply-adds x 2 of one token at the full context."""
+
+
+class Provenance(Section):
+    """Where a result comes from."""
+
+    git_commit: str
+    git_dirty: bool
+    data_hash: str
+    tokenizer_hash: str
+    machine: str
+    """CPU or GPU model."""
+    threads: int
+    device: str
+    versions: dict[str, str]
+    route_table: str
+    """Version of the kernels' route table."""
+
+
+class TrialResult(Section):
+    """A finished (or honestly unfinished) training run."""
+
+    config: Trial
+    status: Status
+    history: list[Evaluation]
+    cost: Cost
+    provenance: Provenance
+    tokens_per_second: float
+    seconds: float
+    """Wall time of the whole trial."""
+    message: str = ""
+    """Why it diverged or stopped, where it did."""
+
+    @property
+    def final(self) -> Evaluation:
+        """The last evaluation."""
+        return self.history[-1]
+
+
+class Observer(Protocol):
+    """Watches a trial from outside: tracking and pruning are implementations, so training knows neither."""
+
+    def evaluated(self, evaluation: Evaluation) -> bool:
+        """Told of every evaluation; True asks the trial to stop as pruned."""
+        ...
+
+    def stepped(self, step: int, total: int) -> bool:
+        """Told after every optimizer step; True asks it to save and stop as killed."""
+        ...
