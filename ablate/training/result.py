@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal, Protocol
 
 from ablate.config import Section, Trial
+from ablate.model.counts import Cost
 
 Status = Literal["finished", "diverged", "pruned", "killed"]
 
@@ -25,19 +26,6 @@ class Evaluation(Section):
     """Training seconds so far, evaluations excluded."""
     balance: dict[str, float] = {}
     """Balance metrics (balance.metrics.summary): `name` mean over trees and layers, `name_worst`, `layer<i>/name`."""
-
-
-class Cost(Section):
-    """Exact counts for one configuration, from model.counts."""
-
-    total_params: int
-    active_params: int
-    """Parameters that one token touches, embeddings' single row included."""
-    total_units: int
-    active_units: int
-    active_frac: float
-    flops_per_token: int
-    """Forward multiply-adds x 2 of one token at the full context."""
 
 
 class Provenance(Section):

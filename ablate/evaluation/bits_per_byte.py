@@ -1,0 +1,45 @@
+"""Quality on a fixed held-out slice: bits per byte, whatever the tokenizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ablate.model.transformer import Transformer, evaluating
+
+
+@torch.no_grad()
+def bits_per_byte(
+    model: Transformer,
+    batches: Iterable[dict[str, Tensor]],
+    token_bytes: Tensor,
+    watch: Callable[[Tensor], None] | None = None,
+) -> float:
+    """Sum of -log2 p over the targets, divided by the bytes behind them (`token_bytes` int64 [V]).
+
+    Batches hold `tokens` int64 [B, T + 1]; position t predicts t + 1. `watch` is called with the input ids [B, T] after
+    each forward, while the tree layers still hold the leaves of that batch. Ranks of a distributed run share the batches
+    and add up their sums. Raises ValueError when the slice holds no byte.
+    """
+    device = model.embedding.device
+    token_bytes = token_bytes.to(device)
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    with evaluating(model):
+        for batch in batches:
+            tokens = batch["tokens"].to(device)
+            targets = tokens[:, 1:].reshape(-1)
+            logits = model(tokens[:, :-1])
+            sums[0] += F.cross_entropy(logits.reshape(targets.numel(), -1).float(), targets, reduction="sum").double()
+            sums[1] += token_bytes[targets].sum()
+            if watch is not None:
+                watch(tokens[:, :-1])
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(sums)
+    nats, count = sums.tolist()
+    if count == 0:
+        raise ValueError("the held-out slice holds no byte of text")
+    return nats / math.log(2) / count

@@ -1,0 +1,137 @@
+"""A decoder-only transformer whose feed-forward is a tree, dense, or absent.
+
+Shapes: B sequences, T tokens each, d model width, H heads of width d / H, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ablate.config import Trial
+from ablate.kernels.op import Backend
+from ablate.model.dense import DenseFeedForward
+from ablate.model.tree import TreeFeedForward
+
+ROPE_BASE = 10000.0
+EMBEDDING_SD = 0.02
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions (arXiv 2104.09864)."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, d_model: int, heads: int, context: int, blocks: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Parameter(torch.empty(3 * d_model, d_model).normal_(0, d_model**-0.5, generator=generator))
+        # Scaled down by depth so that the residual stream's variance does not grow with the number of blocks (GPT-2).
+        out_sd = (d_model * 2 * blocks) ** -0.5
+        self.out = nn.Parameter(torch.empty(d_model, d_model).normal_(0, out_sd, generator=generator))
+        half = d_model // heads // 2
+        angle = torch.arange(context)[:, None] * ROPE_BASE ** (-torch.arange(half) / half)
+        self.register_buffer("cos", angle.cos(), persistent=False)
+        self.register_buffer("sin", angle.sin(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, d] of x [B, T, d]; position t sees positions up to t."""
+        batch, time, d = x.shape
+        qkv = F.linear(x, self.qkv).view(batch, time, 3, self.heads, d // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(self._rotate(q), self._rotate(k), v, is_causal=True)
+        return F.linear(y.transpose(1, 2).reshape(batch, time, d), self.out)
+
+    def _rotate(self, x: Tensor) -> Tensor:
+        """Rotary positions on [B, H, T, d/H]; halves are the pairs."""
+        cos, sin = self.cos[: x.shape[2]].to(x.dtype), self.sin[: x.shape[2]].to(x.dtype)
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward, each added to the residual stream."""
+
+    def __init__(self, trial: Trial, generator: torch.Generator, backend: Backend) -> None:
+        super().__init__()
+        model = trial.model
+        self.attention_norm = nn.RMSNorm(model.d_model)
+        self.attention = Attention(model.d_model, model.heads, model.context, model.blocks, generator)
+        self.norm = nn.RMSNorm(model.d_model) if model.feedforward != "none" else None
+        self.feedforward: nn.Module | None = None
+        if model.feedforward == "tree":
+            self.feedforward = TreeFeedForward(model.d_model, trial.tree, backend=backend, generator=_child(generator))
+        elif model.feedforward == "dense":
+            self.feedforward = DenseFeedForward(model.d_model, trial.dense, generator=_child(generator))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, d] of x [B, T, d]."""
+        x = x + self.attention(self.attention_norm(x))
+        if self.norm is not None and self.feedforward is not None:
+            x = x + self.feedforward(self.norm(x))
+        return x
+
+
+class Transformer(nn.Module):
+    """Logits [B, T, V] of token ids [B, T], V from the tokenizer, T at most the context; embeddings are tied."""
+
+    def __init__(self, trial: Trial, vocab_size: int) -> None:
+        super().__init__()
+        backend: Backend = trial.train.backend
+        generator = torch.Generator().manual_seed(trial.init_seed)
+        embedding = torch.empty(vocab_size, trial.model.d_model).normal_(0, EMBEDDING_SD, generator=generator)
+        self.embedding = nn.Parameter(embedding)
+        self.blocks = nn.ModuleList(Block(trial, _child(generator), backend) for _ in range(trial.model.blocks))
+        self.norm = nn.RMSNorm(trial.model.d_model)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits [B, T, V] of int64 ids [B, T]."""
+        x = F.embedding(tokens, self.embedding)
+        for block in self.blocks:
+            x = block(x)
+        return F.linear(self.norm(x), self.embedding)
+
+    def trees(self) -> list[TreeFeedForward]:
+        """The tree layers, first block first."""
+        return [m for m in self.modules() if isinstance(m, TreeFeedForward)]
+
+    @torch.no_grad()
+    def calibrate(self, tokens: Tensor) -> None:
+        """Finish initialisations that look at data, layer by layer in one pass over ids [B, T]."""
+        waiting = [tree for tree in self.trees() if tree.needs_calibration]
+        if waiting:
+            with _calibrating(waiting), evaluating(self):
+                self(tokens)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, then back as it was."""
+    was = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was)
+
+
+@contextmanager
+def _calibrating(trees: list[TreeFeedForward]) -> Iterator[None]:
+    for tree in trees:
+        tree.calibrating = True
+    try:
+        yield
+    finally:
+        for tree in trees:
+            tree.calibrating = False
+
+
+def _child(generator: torch.Generator) -> torch.Generator:
+    """A generator of its own for one part, so that attention starts the same whatever the feed-forward draws."""
+    seed = int(torch.randint(2**62, (1,), generator=generator))
+    return torch.Generator().manual_seed(seed)

@@ -1,0 +1,146 @@
+"""What happens between optimizer steps: evaluation, the usage table, checkpoints, and being asked to stop."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import polars as pl_frames
+import torch
+from torch import Tensor
+
+from ablate.balance import metrics
+from ablate.balance.probe import Probe
+from ablate.config import Trial, learning_rate
+from ablate.data.tokens import Prepared
+from ablate.evaluation.bits_per_byte import bits_per_byte
+from ablate.training.module import LanguageModel
+from ablate.training.result import Evaluation, Observer, Status
+
+LAST = "last.ckpt"
+USAGE_PARTS = "usage"
+
+
+class Evaluator(pl.Callback):
+    """Evaluates at step 0, every `eval_every` steps and at the end; keeps the history and the usage of leaves."""
+
+    def __init__(self, trial: Trial, prepared: Prepared, folder: Path, observer: Observer | None) -> None:
+        self.trial, self.folder, self.observer = trial, folder, observer
+        self.token_bytes = torch.from_numpy(np.asarray(prepared.token_bytes, dtype=np.int64))
+        self.history: list[Evaluation] = []
+        self.status: Status = "finished"
+        self.message = ""
+        self._probe = Probe()
+        self._seconds, self._since, self._step = 0.0, time.perf_counter(), 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """History and clock, as plain text so that checkpoints load with weights_only."""
+        history = [e.model_dump(mode="json") for e in self.history]
+        return {"history": json.dumps(history), "seconds": self._seconds + time.perf_counter() - self._since}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue the history of an interrupted run."""
+        self.history = [Evaluation.model_validate(e) for e in json.loads(state_dict["history"])]
+        self._seconds = state_dict["seconds"]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Evaluate the untrained model, unless this run goes on from a checkpoint."""
+        assert isinstance(pl_module, LanguageModel)
+        self._step, self._since = trainer.global_step, time.perf_counter()
+        self._probe.attach(pl_module.model)
+        if not self.history:
+            self._evaluate(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """After an optimizer step: look for divergence, evaluate and save when due, stop when asked."""
+        assert isinstance(pl_module, LanguageModel)
+        if trainer.global_step == self._step:
+            return
+        self._step = step = trainer.global_step
+        train = self.trial.train
+        due = step % train.eval_every == 0 or step == train.steps
+        # Reading the flag waits for the device; on a GPU it is read at evaluations only.
+        if (due or pl_module.device.type == "cpu") and not bool(pl_module.finite):
+            self._stop(trainer, "diverged", f"the training loss was not finite at step {step}")
+            self._evaluate(trainer, pl_module, lost=True)
+            return
+        if due:
+            self._evaluate(trainer, pl_module)
+        asked = self.observer is not None and self.observer.stepped(step, train.steps)
+        if asked and step < train.steps:
+            self._stop(trainer, "killed", f"stopped when asked, after step {step}")
+        if (step % train.checkpoint_every == 0 or self.status == "killed") and step < train.steps:
+            self._save(trainer)
+
+    def usage(self) -> pl_frames.DataFrame:
+        """The usage table of every evaluation in the history."""
+        parts = [pl_frames.read_parquet(self._part(e.step)) for e in self.history if self._part(e.step).exists()]
+        return pl_frames.concat(parts) if parts else self._probe.empty()
+
+    def _evaluate(self, trainer: pl.Trainer, module: LanguageModel, *, lost: bool = False) -> None:
+        """One evaluation; `lost` records a diverged model without running it."""
+        self._seconds += time.perf_counter() - self._since
+        step, train = trainer.global_step, self.trial.train
+        bpb, balance = None, {}
+        if not lost:
+            loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
+            with self._probe.held_out():
+                bpb = bits_per_byte(module.model, loader, self.token_bytes, self._probe.watch)
+            if not np.isfinite(bpb):
+                self._stop(trainer, "diverged", f"the held-out loss was not finite at step {step}")
+                bpb = None
+            if module.model.trees():
+                balance = metrics.summary(self._probe.counts())
+                self._write_part(step, self._probe.rows(step))
+        evaluation = Evaluation(
+            step=step,
+            tokens=step * train.batch_size * self.trial.model.context,
+            bpb=bpb,
+            train_loss=_finite(module.take_train_loss()),
+            lr=learning_rate(train, min(step, train.steps - 1)),
+            seconds=self._seconds,
+            balance=balance,
+        )
+        self.history.append(evaluation)
+        if self.observer is not None and self.observer.evaluated(evaluation) and self.status == "finished":
+            self._stop(trainer, "pruned", f"pruned at step {step}")
+        self._since = time.perf_counter()
+
+    def _stop(self, trainer: pl.Trainer, status: Status, message: str) -> None:
+        self.status, self.message = status, message
+        trainer.should_stop = True
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        """`last.ckpt`, replaced atomically."""
+        partial = self.folder / f".{LAST}.partial"
+        trainer.save_checkpoint(partial)
+        if trainer.is_global_zero:
+            partial.replace(self.folder / LAST)
+
+    def _part(self, step: int) -> Path:
+        return self.folder / USAGE_PARTS / f"{step:08d}.parquet"
+
+    def _write_part(self, step: int, rows: pl_frames.DataFrame) -> None:
+        part = self._part(step)
+        part.parent.mkdir(parents=True, exist_ok=True)
+        rows.write_parquet(part.with_suffix(".partial"))
+        part.with_suffix(".partial").replace(part)
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and np.isfinite(value) else None
+
+
+def calibration_windows(prepared: Prepared, trial: Trial) -> Tensor:
+    """Ids [B, T] from the training split for initialisations that look at data; they depend on init_seed only."""
+    time_, wanted = trial.model.context, max(4096, 64 * trial.tree.leaves)
+    stream = prepared.train
+    generator = np.random.default_rng(trial.init_seed)
+    starts = generator.integers(0, max(1, len(stream) - time_), size=-(-wanted // time_))
+    return torch.from_numpy(np.stack([stream[s : s + time_] for s in starts]).astype(np.int64))

@@ -1,0 +1,82 @@
+"""The LightningModule: next-token loss, the optimizer, and what happens around every optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ablate.config import Trial, learning_rate
+from ablate.model.transformer import Transformer
+from ablate.training.optimizer import TreeAdamW
+
+
+class LanguageModel(pl.LightningModule):
+    """A transformer of `trial` over `vocab_size` tokens, trained on batches of `tokens` int64 [B, T + 1]."""
+
+    loss_sum: Tensor
+    finite: Tensor
+
+    def __init__(self, trial: Trial, vocab_size: int) -> None:
+        super().__init__()
+        self.trial = trial
+        self.model = Transformer(trial, vocab_size)
+        for tree in self.model.trees():
+            tree.region_leak, tree.load_loss = trial.train.region_leak, trial.train.load_loss > 0
+        # Sum of training losses and their number since the last evaluation.
+        self.register_buffer("loss_sum", torch.zeros(2, dtype=torch.float64))
+        self.register_buffer("finite", torch.ones((), dtype=torch.bool), persistent=False)
+
+    def training_step(self, batch: dict[str, Tensor], _index: int) -> Tensor:
+        """Mean next-token loss (nats) of a micro-batch, plus the load loss of the reference arm that has one."""
+        tokens = batch["tokens"]
+        logits = self.model(tokens[:, :-1])
+        loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), tokens[:, 1:].reshape(-1))
+        with torch.no_grad():
+            self.loss_sum += torch.stack([loss.double(), torch.ones_like(loss, dtype=torch.float64)])
+            self.finite &= torch.isfinite(loss)
+        losses = [t.last_load_loss for t in self.model.trees() if t.last_load_loss is not None]
+        return loss + self.trial.train.load_loss * torch.stack(losses).mean() if losses else loss
+
+    def take_train_loss(self) -> float | None:
+        """Mean training loss since the last call; None when no step was taken."""
+        total, steps = self.loss_sum.tolist()
+        self.loss_sum.zero_()
+        return total / steps if steps else None
+
+    def configure_optimizers(self) -> Any:
+        """TreeAdamW with the schedule stepped once per optimizer step."""
+        train = self.trial.train
+        optimizer = TreeAdamW(self.model, train)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(train, step) / train.lr)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clip the gradient's global norm (here, since Lightning refuses to clip for fused optimizers)."""
+        torch.nn.utils.clip_grad_norm_(self.parameters(), self.trial.train.grad_clip)
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        """The update, then once per update the trees' own: thresholds and running means."""
+        step = self.trainer.global_step
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        rate = learning_rate(self.trial.train, step) / self.trial.train.lr
+        for tree in self.model.trees():
+            tree.finish_step(rate)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the random states, so that a resumed run draws what an uninterrupted one would."""
+        checkpoint["rng_cpu"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            checkpoint["rng_cuda"] = torch.cuda.get_rng_state_all()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put the random states back."""
+        torch.set_rng_state(checkpoint["rng_cpu"].cpu())
+        if torch.cuda.is_available() and "rng_cuda" in checkpoint:
+            torch.cuda.set_rng_state_all([state.cpu() for state in checkpoint["rng_cuda"]])

@@ -1,0 +1,173 @@
+"""`run_trial`: one complete training run, the one way in for studies, workers, tests and `ablate reproduce`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import platform
+import shutil
+import subprocess
+import time
+import warnings
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+
+from ablate.config import Trial
+from ablate.data.module import TokenData
+from ablate.data.tokens import Prepared, prepare
+from ablate.model.counts import count
+from ablate.training.callbacks import LAST, USAGE_PARTS, Evaluator, calibration_windows
+from ablate.training.checkpoint import save_model
+from ablate.training.module import LanguageModel
+from ablate.training.result import Observer, Provenance, TrialResult
+
+USAGE = "usage.parquet"
+MODEL = "model.pt"
+
+
+def run_trial(
+    trial: Trial,
+    *,
+    data_root: Path,
+    folder: Path,
+    observer: Observer | None = None,
+    threads: int | None = None,
+    resume: bool = True,
+) -> TrialResult:
+    """Train and evaluate `trial`; usage.parquet (and model.pt, if kept) are written to `folder`.
+
+    With `resume`, a `last.ckpt` in `folder` is continued: on a CPU with the same threads the result equals that of an
+    uninterrupted run bit for bit. Status is finished, diverged, pruned or killed (asked to stop; `last.ckpt` is written).
+    Raises ConfigError before any work where the settings or the corpus cannot be used.
+    """
+    started = time.perf_counter()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    folder.mkdir(parents=True, exist_ok=True)
+    last = folder / LAST
+    if not resume:
+        last.unlink(missing_ok=True)
+        shutil.rmtree(folder / USAGE_PARTS, ignore_errors=True)
+    prepared = prepare(trial.corpus, data_root)
+    torch.manual_seed(trial.init_seed)
+    module = LanguageModel(trial, prepared.vocab_size)
+    resuming = last.exists()
+    if not resuming:
+        module.model.calibrate(calibration_windows(prepared, trial))
+    data = TokenData(
+        prepared,
+        context=trial.model.context,
+        batch_size=trial.train.batch_size // trial.train.accumulate // trial.train.devices,
+        data_seed=trial.data_seed,
+        steps=trial.train.steps * trial.train.accumulate,
+        start_step=0,
+        eval_tokens=trial.train.eval_tokens,
+    )
+    evaluator = Evaluator(trial, prepared, folder, observer)
+    trainer = _trainer(trial, evaluator, folder)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning")
+        trainer.fit(module, datamodule=data, ckpt_path=last if resuming else None, weights_only=True)
+    result = TrialResult(
+        config=trial,
+        status=evaluator.status,
+        history=evaluator.history,
+        cost=count(trial, prepared.vocab_size),
+        provenance=_provenance(prepared, module.device),
+        tokens_per_second=evaluator.history[-1].tokens / max(evaluator.history[-1].seconds, 1e-9),
+        seconds=time.perf_counter() - started,
+        message=evaluator.message,
+    )
+    if evaluator.status != "killed":
+        _write_usage(evaluator, folder)
+        if trial.train.keep_checkpoint and evaluator.status == "finished":
+            save_model(folder / MODEL, module.model, trial, prepared.tokenizer_hash)
+        last.unlink(missing_ok=True)
+    return result
+
+
+def _trainer(trial: Trial, evaluator: Evaluator, folder: Path) -> pl.Trainer:
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    train = trial.train
+    gpu = torch.cuda.is_available()
+    bf16 = train.precision == "bf16" or (train.precision == "auto" and gpu)
+    return pl.Trainer(
+        accelerator="gpu" if gpu else "cpu",
+        devices=train.devices,
+        strategy=train.strategy,
+        max_steps=train.steps,
+        max_epochs=-1,
+        precision="bf16-mixed" if bf16 else "32-true",
+        accumulate_grad_batches=train.accumulate,
+        callbacks=[evaluator],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+        use_distributed_sampler=False,
+        default_root_dir=folder,
+    )
+
+
+def _write_usage(evaluator: Evaluator, folder: Path) -> None:
+    partial = folder / f".{USAGE}.partial"
+    evaluator.usage().write_parquet(partial)
+    partial.replace(folder / USAGE)
+    shutil.rmtree(folder / USAGE_PARTS, ignore_errors=True)
+
+
+def _provenance(prepared: Prepared, device: torch.device) -> Provenance:
+    commit, dirty = _git()
+    names = ("ablate", "torch", "numba", "lightning", "numpy", "tokenizers", "triton")
+    versions = {"python": platform.python_version()} | {n: v for n in names if (v := _version(n))}
+    return Provenance(
+        git_commit=commit,
+        git_dirty=dirty,
+        data_hash=prepared.data_hash,
+        tokenizer_hash=prepared.tokenizer_hash,
+        machine=torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model(),
+        threads=torch.get_num_threads(),
+        device=device.type,
+        versions=versions,
+        route_table=_route_table(device),
+    )
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git() -> tuple[str, bool]:
+    """Commit of the code that runs and whether it was changed; empty outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", here, *arguments], capture_output=True, text=True, timeout=30, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    return (commit, bool(git("status", "--porcelain", "--", here))) if commit else ("", False)
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _route_table(device: torch.device) -> str:
+    return "reference" if device.type != "cpu" else "0"
