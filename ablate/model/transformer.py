@@ -133,5 +133,5 @@ def _calibrating(trees: list[TreeFeedForward]) -> Iterator[None]:
 
 def _child(generator: torch.Generator) -> torch.Generator:
     """A generator of its own for one part, so that attention starts the same whatever the feed-forward draws."""
-    seed = int(torch.randint(2**62, (1,), generator=generator))
+    seed = int(torch.randint(2**62, (1,), generator=generator, device="cpu"))
     return torch.Generator().manual_seed(seed)

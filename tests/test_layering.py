@@ -1,0 +1,65 @@
+"""The tree of folders is the architecture: imports point one way, and some rooms know nothing of some libraries."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ablate
+
+PACKAGE = Path(ablate.__file__).parent
+ORDER = [
+    "config", "data", "kernels", "model", "balance", "evaluation", "training", "study", "tracking", "analysis", "report",
+    "bench", "cli",
+]  # fmt: skip
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imported(tree: ast.AST) -> set[str]:
+    names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    modules = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module and n.level == 0}
+    relative = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level]
+    assert not relative, "imports are absolute, so that their direction can be read"
+    ours = {f"ablate.{a.name}" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module == "ablate" for a in n.names}
+    return names | modules | ours
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_upward_only(path: Path) -> None:
+    if room(path) in {"__init__", "__main__"}:
+        return
+    assert room(path) in ORDER, f"{room(path)} is not one of the rooms {ORDER}"
+    for name in imported(ast.parse(path.read_text())):
+        parts = name.split(".")
+        if parts[0] == "ablate" and len(parts) > 1 and parts[1] in ORDER:
+            assert ORDER.index(parts[1]) <= ORDER.index(room(path)), f"{path.name} imports {name}, which comes later"
+
+
+@pytest.mark.parametrize(
+    ("rooms", "forbidden"),
+    [
+        (("config", "data", "kernels", "model", "balance", "evaluation", "training"), ("mlflow", "optuna")),
+        (("analysis", "report"), ("torch", "lightning", "mlflow", "optuna")),
+    ],
+    ids=["training-knows-no-tracking", "reports-read-tables-only"],
+)
+def test_rooms_do_not_load(rooms: tuple[str, ...], forbidden: tuple[str, ...]) -> None:
+    names = [m.name for m in pkgutil.walk_packages(ablate.__path__, "ablate.") if m.name.split(".")[1] in rooms]
+    code = f"import importlib, sys\nfor n in {names}: importlib.import_module(n)\nprint([m for m in {forbidden} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", [m.name for m in pkgutil.walk_packages(ablate.__path__, "ablate.") if not m.name.endswith("__main__")])
+def test_every_module_imports(name: str) -> None:
+    importlib.import_module(name)

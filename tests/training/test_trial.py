@@ -1,0 +1,156 @@
+"""run_trial on real text: exact repeats, exact resumption, honest endings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+
+from ablate.config import Trial
+from ablate.training.checkpoint import load_model
+from ablate.training.result import Evaluation, TrialResult
+from ablate.training.trial import run_trial
+
+BASE: dict[str, dict[str, object]] = {
+    "corpus": {"max_documents": 40, "vocab_size": 300},
+    "model": {"d_model": 16, "blocks": 2, "heads": 2, "context": 32},
+    "tree": {"trees": 2, "depth": 3, "leaf_width": 2},
+    "train": {"steps": 12, "batch_size": 4, "eval_every": 4, "eval_tokens": 2048, "checkpoint_every": 3},
+}
+
+
+def trial(**changes: dict[str, object]) -> Trial:
+    return Trial.model_validate({k: {**v, **changes.get(k, {})} for k, v in BASE.items()})
+
+
+@pytest.fixture(scope="module")
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture
+def run(data_root: Path, tmp_path: Path) -> Callable[..., TrialResult]:
+    folders = iter(range(1000))
+
+    def call(config: Trial, folder: Path | None = None, **keywords: object) -> TrialResult:
+        return run_trial(config, data_root=data_root, folder=folder or tmp_path / f"t{next(folders)}", threads=1, **keywords)  # type: ignore[arg-type]
+
+    return call
+
+
+class StopAt:
+    """Asks to stop, as SIGTERM does, after a given step."""
+
+    def __init__(self, step: int, *, prune: bool = False) -> None:
+        self.step, self.prune = step, prune
+        self.seen: list[int] = []
+
+    def evaluated(self, evaluation: Evaluation) -> bool:
+        self.seen.append(evaluation.step)
+        return self.prune and evaluation.step >= self.step
+
+    def stepped(self, step: int, total: int) -> bool:
+        assert total == 12
+        return not self.prune and step == self.step
+
+
+def comparable(result: TrialResult) -> list[dict[str, object]]:
+    return [e.model_dump(exclude={"seconds"}) for e in result.history]
+
+
+RICH = {"tree": {"routing": "centred", "router_input": "centred"}, "train": {"decay_rows": "active", "region_leak": 0.05}}
+
+
+@pytest.mark.parametrize("changes", [{}, RICH], ids=["plain", "stateful-routing-and-random-leak"])
+def test_a_resumed_run_equals_one_never_stopped(changes: dict[str, dict[str, object]], run: Callable[..., TrialResult], tmp_path: Path) -> None:
+    config = trial(**{**changes, "train": {**changes.get("train", {}), "keep_checkpoint": True}})
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    uninterrupted = run(config, whole)
+    for step in (5, 10):
+        killed = run(config, parts, observer=StopAt(step))
+        assert killed.status == "killed"
+        assert killed.message == f"stopped when asked, after step {step}"
+    resumed = run(config, parts)
+    assert resumed.status == uninterrupted.status == "finished"
+    assert comparable(resumed) == comparable(uninterrupted)
+    pl.testing.assert_frame_equal(pl.read_parquet(whole / "usage.parquet"), pl.read_parquet(parts / "usage.parquet"))
+    (a, trial_a, _), (b, trial_b, _) = (load_model(f / "model.pt") for f in (whole, parts))
+    assert trial_a == trial_b == config
+    assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
+    assert not (parts / "last.ckpt").exists()
+
+
+def test_a_hard_kill_costs_the_steps_since_the_last_checkpoint_only(run: Callable[..., TrialResult], tmp_path: Path) -> None:
+    class Dies(StopAt):
+        def stepped(self, step: int, total: int) -> bool:
+            if step == self.step:
+                raise SystemExit(9)
+            return False
+
+    with pytest.raises(SystemExit):
+        run(trial(), tmp_path / "t", observer=Dies(8))
+    watching = StopAt(99)
+    resumed = run(trial(), tmp_path / "t", observer=watching)
+    assert watching.seen == [8, 12]
+    assert comparable(resumed) == comparable(run(trial()))
+
+
+def test_the_same_trial_twice_is_the_same_bit_for_bit(run: Callable[..., TrialResult]) -> None:
+    first, second = run(trial()), run(trial())
+    assert comparable(first) == comparable(second)
+    assert [e.step for e in first.history] == [0, 4, 8, 12]
+    assert first.final.bpb is not None
+    assert first.history[0].bpb is not None
+    assert first.final.bpb < first.history[0].bpb
+    assert comparable(run(trial().model_copy(update={"data_seed": 1}))) != comparable(first)
+
+
+def test_identity_activation_is_one_model_at_every_placement(run: Callable[..., TrialResult]) -> None:
+    histories = [comparable(run(trial(tree={"mirror": -1.0, "placement": p}))) for p in ("unit", "tree", "sum")]
+    assert histories[0] == histories[1] == histories[2]
+
+
+def test_accumulation_gives_the_step_of_the_whole_batch(run: Callable[..., TrialResult]) -> None:
+    whole = run(trial(train={"weight_decay": 0.0}))
+    split = run(trial(train={"weight_decay": 0.0, "accumulate": 4}))
+    assert split.final.tokens == whole.final.tokens
+    assert split.final.bpb == pytest.approx(whole.final.bpb, rel=1e-3)
+
+
+def test_divergence_ends_cleanly_with_its_history(run: Callable[..., TrialResult], tmp_path: Path) -> None:
+    result = run(trial(train={"lr": 10.0, "grad_clip": 1e30, "warmup": 0.0, "betas": (0.0, 0.0)}, tree={"activation": "relu2"}), tmp_path / "t")
+    assert result.status == "diverged"
+    assert "not finite at step" in result.message
+    assert result.history[0].bpb is not None
+    assert result.final.bpb is None
+    assert TrialResult.model_validate_json(result.model_dump_json()) == result
+    assert (tmp_path / "t" / "usage.parquet").exists()
+
+
+def test_pruned_when_the_observer_says_so(run: Callable[..., TrialResult]) -> None:
+    result = run(trial(), observer=StopAt(4, prune=True))
+    assert (result.status, result.final.step) == ("pruned", 4)
+
+
+@pytest.mark.parametrize("feedforward", ["dense", "none"])
+def test_controls_run_through_the_same_path(feedforward: str, run: Callable[..., TrialResult], tmp_path: Path) -> None:
+    result = run(trial(model={"feedforward": feedforward}), tmp_path / feedforward)
+    assert result.status == "finished"
+    assert result.final.balance == {}
+    assert pl.read_parquet(tmp_path / feedforward / "usage.parquet").height == 0
+
+
+def test_usage_counts_every_held_out_token_once(run: Callable[..., TrialResult], tmp_path: Path) -> None:
+    run(trial(), tmp_path / "t")
+    usage = pl.read_parquet(tmp_path / "t" / "usage.parquet").filter(pl.col("window") == "held_out")
+    per_level = usage.group_by("step", "layer", "tree", "level").agg(pl.col("count").sum())
+    assert per_level["count"].unique().to_list() == [2048]
+    assert per_level.height == 4 * 2 * 2 * 4
+
+
+def test_results_do_not_depend_on_evaluation(run: Callable[..., TrialResult]) -> None:
+    often, rarely = run(trial(train={"eval_every": 1})), run(trial(train={"eval_every": 12}))
+    assert often.final.bpb == rarely.final.bpb
