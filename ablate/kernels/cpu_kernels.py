@@ -1,0 +1,450 @@
+"""The CPU tree layer's five passes, compiled by Numba; no host logic and no threads of their own.
+
+Every kernel draws tasks from a shared counter until none is left, so any number of threads may run it at once; a task
+writes rows that no other task writes, hence results do not depend on how tasks fall to threads. Letters are those of
+the shape alphabet; P = D + W responses are kept per token and tree, A of them (the last A) have outputs.
+
+Tokens that took the same leaf are brought together (a partition per tree), and then all work is on segments of tokens
+that share rows: weights are read once a segment instead of once a token.
+"""
+
+# Numba compiles these functions; it does not read annotations, and mypy sees its decorators as untyped.
+# mypy: disable-error-code="call-arg, no-untyped-call, no-untyped-def, untyped-decorator, var-annotated"
+from __future__ import annotations
+
+import numba as nb
+import numpy as np
+
+from ablate.kernels.cpu_vector import (
+    ROWS,
+    combine1,
+    combine2,
+    combine3,
+    combine4,
+    dots11,
+    dots12,
+    dots14,
+    dots41,
+    dots42,
+    dots44,
+    dots81,
+    fetch_add,
+)
+
+CHUNK = 32
+"""Tokens of one segment handled at a time: their rows stay in the first-level cache between passes over them."""
+
+_jit = nb.njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
+
+
+@_jit
+def _products(xs, x0, nx, ws, nw, d, out, block):
+    """out[t·nw + r] = <x_t, w_r> for nx rows at xs[x0:] and nw rows at ws."""
+    for t in range(0, nx - nx % 4, 4):
+        r = 0
+        if ROWS == 4:
+            while r + 4 <= nw:
+                dots44(xs, x0 + t, ws, r, d, block, 0)
+                for i in range(4):
+                    for q in range(4):
+                        out[(t + i) * nw + r + q] = block[i * 4 + q]
+                r += 4
+        while r + 2 <= nw:
+            dots42(xs, x0 + t, ws, r, d, block, 0)
+            for i in range(4):
+                for q in range(2):
+                    out[(t + i) * nw + r + q] = block[i * 2 + q]
+            r += 2
+        if r < nw:
+            dots41(xs, x0 + t, ws, r, d, block, 0)
+            for i in range(4):
+                out[(t + i) * nw + r] = block[i]
+    for t in range(nx - nx % 4, nx):
+        r = 0
+        while r + 4 <= nw:
+            dots14(xs, x0 + t, ws, r, d, out, t * nw + r)
+            r += 4
+        if r + 2 <= nw:
+            dots12(xs, x0 + t, ws, r, d, out, t * nw + r)
+            r += 2
+        if r < nw:
+            dots11(xs, x0 + t, ws, r, d, out, t * nw + r)
+
+
+@_jit
+def _sums(src, s0, count, coef, ci, cs, dst, n, d, add):
+    """y_i (+)= sum_s coef[ci·i + cs·s] · row_s for n rows at dst, `count` rows at src[s0:]."""
+    i = 0
+    while i + 4 <= n:
+        combine4(src, s0, count, coef, ci * i, ci, cs, dst, i, d, add)
+        i += 4
+    left = n - i
+    if left == 3:
+        combine3(src, s0, count, coef, ci * i, ci, cs, dst, i, d, add)
+    elif left == 2:
+        combine2(src, s0, count, coef, ci * i, ci, cs, dst, i, d, add)
+    elif left == 1:
+        combine1(src, s0, count, coef, ci * i, ci, cs, dst, i, d, add)
+
+
+@_jit
+def _path(leaf, depth, width, nodes, base, row_bytes, has_nodes, ws):
+    """Addresses of a leaf's path: its nodes from the root down (if they have rows), then its units."""
+    n = 0
+    if has_nodes:
+        for l in range(depth):
+            ws[l] = base + (((leaf + (1 << depth)) >> (depth - l)) - 1) * row_bytes
+        n = depth
+        base += nodes * row_bytes
+    for j in range(width):
+        ws[n + j] = base + (leaf * width + j) * row_bytes
+
+
+@_jit
+def _by_leaf(leaves, k, t0, t1, starts, order):
+    """Stable counting sort of tokens t0..t1 by their leaf in tree k: order, and where each leaf starts [L + 1]."""
+    L = starts.shape[0] - 1
+    starts[:] = 0
+    for t in range(t0, t1):
+        starts[leaves[t, k] + 1] += 1
+    for l in range(L):
+        starts[l + 1] += starts[l]
+    for t in range(t0, t1):
+        l = leaves[t, k]
+        order[starts[l]] = t
+        starts[l] += 1
+    for l in range(L, 0, -1):
+        starts[l] = starts[l - 1]
+    starts[0] = 0
+
+
+@_jit
+def down(counter, x, w_in, b, has_bias, thresholds, has_thresholds, leaves, given, z, depth, width, block):
+    """Route, or follow given leaves: z[n, k, :] on the path (its last axis decides whether leaf units are wanted).
+
+    A task is (block of tokens, tree). Depth first: a node's tokens are scored together and parted stably in place.
+    """
+    N, d = x.shape
+    K = w_in.shape[0]
+    M = (1 << depth) - 1
+    units = z.shape[2] > depth
+    step = d * x.itemsize
+    blocks = (N + block - 1) // block
+    order = np.empty(block, np.int64)
+    rights = np.empty(block, np.int64)
+    xs = np.empty(block, np.int64)
+    ws = np.empty(max(width, 1), np.int64)
+    scores = np.empty(max(block, CHUNK * width), z.dtype)
+    scratch = np.empty(16, z.dtype)
+    stack = np.empty((depth + 2, 4), np.int64)
+    tree_bytes = w_in.shape[1] * step
+    while True:
+        task = fetch_add(counter)
+        if task >= blocks * K:
+            break
+        k = task % K
+        t0 = task // K * block
+        t1 = min(N, t0 + block)
+        for i in range(t1 - t0):
+            order[i] = t0 + i
+        top = 1
+        stack[0, 0], stack[0, 1], stack[0, 2], stack[0, 3] = 0, 0, 0, t1 - t0
+        base = w_in.ctypes.data + k * tree_bytes
+        while top > 0:
+            top -= 1
+            n, level, p0, p1 = stack[top, 0], stack[top, 1], stack[top, 2], stack[top, 3]
+            size = p1 - p0
+            for i in range(size):
+                xs[i] = x.ctypes.data + order[p0 + i] * step
+            if level < depth:
+                ws[0] = base + n * step
+                i = 0
+                while i + 8 <= size:
+                    dots81(xs, i, ws, 0, d, scores, i)
+                    i += 8
+                if i + 4 <= size:
+                    dots41(xs, i, ws, 0, d, scores, i)
+                    i += 4
+                while i < size:
+                    dots11(xs, i, ws, 0, d, scores, i)
+                    i += 1
+                bias = b[k, n] if has_bias else z.dtype.type(0)
+                limit = thresholds[k, n] if has_thresholds else z.dtype.type(0)
+                kept, moved = p0, 0
+                for i in range(size):
+                    t = order[p0 + i]
+                    score = scores[i] + bias
+                    z[t, k, level] = score
+                    right = (leaves[t, k] >> (depth - 1 - level)) & 1 == 1 if given else score > limit
+                    if right:
+                        rights[moved] = t
+                        moved += 1
+                    else:
+                        order[kept] = t
+                        kept += 1
+                for i in range(moved):
+                    order[kept + i] = rights[i]
+                if kept < p1:
+                    stack[top, 0], stack[top, 1], stack[top, 2], stack[top, 3] = 2 * n + 2, level + 1, kept, p1
+                    top += 1
+                if kept > p0:
+                    stack[top, 0], stack[top, 1], stack[top, 2], stack[top, 3] = 2 * n + 1, level + 1, p0, kept
+                    top += 1
+            else:
+                leaf = n - M
+                if not given:
+                    for i in range(p0, p1):
+                        leaves[order[i], k] = leaf
+                if units:
+                    first = M + leaf * width
+                    for j in range(width):
+                        ws[j] = base + (first + j) * step
+                    for s0 in range(0, size, CHUNK):
+                        count = min(CHUNK, size - s0)
+                        _products(xs, s0, count, ws, width, d, scores, scratch)
+                        for i in range(count):
+                            t = order[p0 + s0 + i]
+                            for j in range(width):
+                                bias = b[k, first + j] if has_bias else z.dtype.type(0)
+                                z[t, k, depth + j] = scores[i * width + j] + bias
+
+
+@_jit
+def up(counter, h, w_out, leaves, y, k0, k1, depth, width, block):
+    """y[n] = sum over trees k0..k1 and the path's A units of h · w_out. A task is a block of tokens."""
+    N, d = y.shape
+    P = depth + width
+    has_nodes = w_out.shape[1] > (width << depth)
+    A = P if has_nodes else width
+    M = (1 << depth) - 1
+    step = d * y.itemsize
+    blocks = (N + block - 1) // block
+    order = np.empty(block, np.int64)
+    starts = np.empty((1 << depth) + 1, np.int64)
+    ws = np.empty(A, np.int64)
+    ys = np.empty(CHUNK, np.int64)
+    coef = np.empty(CHUNK * A, y.dtype)
+    while True:
+        task = fetch_add(counter)
+        if task >= blocks:
+            break
+        t0 = task * block
+        t1 = min(N, t0 + block)
+        for k in range(k0, k1):
+            _by_leaf(leaves, k, t0, t1, starts, order)
+            base = w_out.ctypes.data + k * w_out.shape[1] * step
+            p = 0
+            while p < t1 - t0:
+                leaf = leaves[order[p], k]
+                end = starts[leaf + 1]
+                _path(leaf, depth, width, M, base, step, has_nodes, ws)
+                while p < end:
+                    count = min(CHUNK, end - p)
+                    for i in range(count):
+                        t = order[p + i]
+                        ys[i] = y.ctypes.data + t * step
+                        for u in range(A):
+                            coef[i * A + u] = h[t, k, P - A + u]
+                    _sums(ws, 0, A, coef, A, 1, ys, count, d, k > k0)
+                    p += count
+
+
+@_jit
+def back(counter, gy, w_out, w_in, slopes, leaves, dz, gx, add, wants_gx, k0, k1, depth, width, block):
+    """dz[n, k, :] = slope · <gy, w_out> on the path, and gx[n] (+)= sum dz · w_in. A task is a block of tokens."""
+    N, d = gy.shape
+    P = depth + width
+    has_nodes = w_out.shape[1] > (width << depth)
+    A = P if has_nodes else width
+    M = (1 << depth) - 1
+    step = d * gy.itemsize
+    blocks = (N + block - 1) // block
+    order = np.empty(block, np.int64)
+    starts = np.empty((1 << depth) + 1, np.int64)
+    ws = np.empty(P, np.int64)
+    gs = np.empty(CHUNK, np.int64)
+    xs = np.empty(CHUNK, np.int64)
+    coef = np.empty(CHUNK * A, gy.dtype)
+    scratch = np.empty(16, gy.dtype)
+    while True:
+        task = fetch_add(counter)
+        if task >= blocks:
+            break
+        t0 = task * block
+        t1 = min(N, t0 + block)
+        for k in range(k0, k1):
+            _by_leaf(leaves, k, t0, t1, starts, order)
+            out_base = w_out.ctypes.data + k * w_out.shape[1] * step
+            in_base = w_in.ctypes.data + k * w_in.shape[1] * step
+            p = 0
+            while p < t1 - t0:
+                leaf = leaves[order[p], k]
+                end = starts[leaf + 1]
+                while p < end:
+                    count = min(CHUNK, end - p)
+                    for i in range(count):
+                        gs[i] = gy.ctypes.data + order[p + i] * step
+                        xs[i] = gx.ctypes.data + order[p + i] * step
+                    _path(leaf, depth, width, M, out_base, step, has_nodes, ws)
+                    _products(gs, 0, count, ws, A, d, coef, scratch)
+                    for i in range(count):
+                        t = order[p + i]
+                        for u in range(A):
+                            g = coef[i * A + u] * slopes[t, k, P - A + u]
+                            coef[i * A + u] = g
+                            dz[t, k, P - A + u] = g
+                    if wants_gx:
+                        _path(leaf, depth, width, M, in_base, step, True, ws)
+                        _sums(ws, P - A, A, coef, A, 1, xs, count, d, add or k > k0)
+                    p += count
+
+
+@_jit
+def sort(counter, leaves, k0, k1, starts, order):
+    """Tokens by leaf, for each tree: order [K, N] and starts [K, L + 1]. A task is a tree."""
+    while True:
+        k = k0 + fetch_add(counter)
+        if k >= k1:
+            break
+        _by_leaf(leaves, k, 0, leaves.shape[0], starts[k], order[k])
+
+
+@_jit
+def gradients(
+    counter, x, gy, h, dz, order, starts, gw_in, gb, has_bias, gw_out, partial, rows, wants_in, wants_out, k0, k1,
+    depth, width,
+):  # fmt: skip
+    """gw_in, gb and gw_out as sums over each row's segment of sorted tokens. A task is (tree, chunk of that order).
+
+    Rows whose segment lies within a task's chunk are written where they belong; the others, at most one path at either
+    end of the chunk, go to partial [K, C, 2, P, 2, d + 1] (side, level, in or out, gradient and bias) with their row
+    in `rows` [K, C, 2, P] or -1, for `join` to add up. Rows no token reached are zeroed, tasks sharing them by leaf.
+    """
+    N, d = x.shape
+    C = partial.shape[1]
+    L = 1 << depth
+    M = L - 1
+    P = depth + width
+    has_nodes = gw_out.shape[1] > (width << depth)
+    A = P if has_nodes else width
+    first = P - A
+    step = d * x.itemsize
+    out_shift = 0 if has_nodes else M
+    xs = np.empty(CHUNK, np.int64)
+    gs = np.empty(CHUNK, np.int64)
+    into = np.empty(P, np.int64)
+    outof = np.empty(P, np.int64)
+    biases = np.empty(P, np.int64)
+    node = np.empty(P, np.int64)
+    dz_part = np.empty(CHUNK * A, x.dtype)
+    h_part = np.empty(CHUNK * A, x.dtype)
+    while True:
+        task = fetch_add(counter)
+        if task >= (k1 - k0) * C:
+            break
+        k = k0 + task // C
+        c = task % C
+        p0 = N * c // C
+        p1 = N * (c + 1) // C
+        for lf in range(L * c // C, L * (c + 1) // C):
+            for l in range(first, depth):
+                span = 1 << (depth - l)
+                if lf % span == 0 and starts[k, lf] == starts[k, lf + span]:
+                    n = ((lf + L) >> (depth - l)) - 1
+                    _zero(gw_in, gb, has_bias, gw_out, k, n, n - out_shift, wants_in, wants_out)
+            if starts[k, lf] == starts[k, lf + 1]:
+                for j in range(width):
+                    n = M + lf * width + j
+                    _zero(gw_in, gb, has_bias, gw_out, k, n, n - out_shift, wants_in, wants_out)
+        rows[k, c] = -1
+        node[:] = -1
+        p = p0
+        leaf = 0
+        while p < p1:
+            while starts[k, leaf + 1] <= p:
+                leaf += 1
+            for u in range(first, P):
+                n = ((leaf + L) >> (depth - u)) - 1 if u < depth else M + leaf * width + u - depth
+                if node[u] == n:
+                    continue
+                node[u] = n
+                span = depth - u if u < depth else 0
+                begins = starts[k, leaf >> span << span]
+                ends = starts[k, ((leaf >> span) + 1) << span]
+                if begins >= p0 and ends <= p1:
+                    into[u] = gw_in.ctypes.data + (k * gw_in.shape[1] + n) * step
+                    outof[u] = gw_out.ctypes.data + (k * gw_out.shape[1] + n - out_shift) * step
+                    biases[u] = -1
+                    _zero(gw_in, gb, has_bias, gw_out, k, n, n - out_shift, wants_in, wants_out)
+                else:
+                    side = 0 if begins < p0 else 1
+                    rows[k, c, side, u] = n
+                    partial[k, c, side, u] = 0
+                    at = partial[k, c, side, u].ctypes.data
+                    into[u] = at
+                    outof[u] = at + (d + 1) * x.itemsize
+                    biases[u] = side
+            end = min(p1, starts[k, leaf + 1])
+            while p < end:
+                count = min(CHUNK, end - p)
+                for i in range(count):
+                    t = order[k, p + i]
+                    xs[i] = x.ctypes.data + t * step
+                    gs[i] = gy.ctypes.data + t * step
+                    for u in range(A):
+                        dz_part[i * A + u] = dz[t, k, first + u]
+                        h_part[i * A + u] = h[t, k, first + u]
+                if wants_in:
+                    _sums(xs, 0, count, dz_part, 1, A, into[first:], A, d, True)
+                    if has_bias:
+                        for u in range(A):
+                            total = x.dtype.type(0)
+                            for i in range(count):
+                                total += dz_part[i * A + u]
+                            if biases[first + u] < 0:
+                                gb[k, node[first + u]] += total
+                            else:
+                                partial[k, c, biases[first + u], first + u, 0, d] += total
+                if wants_out:
+                    _sums(gs, 0, count, h_part, 1, A, outof[first:], A, d, True)
+                p += count
+
+
+@_jit
+def _zero(gw_in, gb, has_bias, gw_out, k, row_in, row_out, wants_in, wants_out):
+    if wants_in:
+        gw_in[k, row_in] = 0
+        if has_bias:
+            gb[k, row_in] = 0
+    if wants_out:
+        gw_out[k, row_out] = 0
+
+
+@_jit
+def join(counter, gw_in, gb, has_bias, gw_out, partial, rows, wants_in, wants_out, k0, k1, depth, width):
+    """Add the partial rows of `gradients` in the order of their tokens. A task is a tree."""
+    C, P = rows.shape[1], rows.shape[3]
+    d = gw_out.shape[2]
+    out_shift = 0 if gw_out.shape[1] > (width << depth) else (1 << depth) - 1
+    while True:
+        k = k0 + fetch_add(counter)
+        if k >= k1:
+            break
+        for u in range(P):
+            last = -1
+            for c in range(C):
+                for side in range(2):
+                    n = rows[k, c, side, u]
+                    if n < 0:
+                        continue
+                    if n != last:
+                        _zero(gw_in, gb, has_bias, gw_out, k, n, n - out_shift, wants_in, wants_out)
+                    last = n
+                    if wants_in:
+                        for j in range(d):
+                            gw_in[k, n, j] += partial[k, c, side, u, 0, j]
+                        if has_bias:
+                            gb[k, n] += partial[k, c, side, u, 0, d]
+                    if wants_out:
+                        for j in range(d):
+                            gw_out[k, n - out_shift, j] += partial[k, c, side, u, 1, j]
