@@ -1,0 +1,171 @@
+"""The batches of a training run, a pure function of seed and step, and the fixed slice it is evaluated on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from ablate.config import ConfigError
+from ablate.data.tokens import Prepared, Stream
+
+Batch = dict[str, Tensor]
+"""{"tokens": int64 [B, T + 1]}: the first T columns are inputs, the last T their targets."""
+
+
+class DataOrder:
+    """Which window of a stream stands at which place of the training order; pure, and the same on every machine.
+
+    The order goes through epochs. In each, the stream is cut on a grid of `context` tokens that starts at a random
+    offset (so that windows differ between epochs), and the windows come in a random order. Places are counted over the
+    whole run and all processes: a batch is a run of places, so however it is split, it holds the same windows.
+    Raises ConfigError if the stream is shorter than one window.
+    """
+
+    def __init__(self, length: int, context: int, seed: int) -> None:
+        if length < context + 1:
+            raise ConfigError(
+                f"model.context is {context}: the training split has {length} tokens, fewer than one window "
+                f"of {context + 1}; use a shorter context or a larger corpus"
+            )
+        self.context, self.seed = context, seed
+        # As many windows as fit at every offset, so that all epochs have the same number of places.
+        self.windows = max(1, (length - context) // context)
+        self.offsets = min(context, length - self.windows * context)
+
+    def starts(self, first: int, count: int) -> npt.NDArray[np.int64]:
+        """Start of the windows at places first … first + count - 1: int64 [count]."""
+        epochs, places = np.divmod(np.arange(first, first + count), self.windows)
+        starts = np.empty(count, np.int64)
+        for epoch in np.unique(epochs):
+            offset, order = _epoch(self.seed, int(epoch), self.windows, self.offsets)
+            of_epoch = epochs == epoch
+            starts[of_epoch] = offset + self.context * order[places[of_epoch]]
+        return starts
+
+
+@lru_cache(maxsize=4)
+def _epoch(seed: int, epoch: int, windows: int, offsets: int) -> tuple[int, npt.NDArray[np.int64]]:
+    """Offset and order of an epoch. Raw bits of a bit generator are fixed by NumPy's policy; `permutation` is not."""
+    bits = np.random.PCG64(np.random.SeedSequence((seed, epoch)))
+    offset = int(bits.random_raw()) % offsets
+    return offset, np.argsort(bits.random_raw(windows), kind="stable")
+
+
+def _read(stream: Stream, starts: npt.NDArray[np.int64], context: int) -> Tensor:
+    """Windows of context + 1 tokens: int64 [len(starts), context + 1]."""
+    return torch.from_numpy(np.stack([stream[s : s + context + 1] for s in starts]).astype(np.int64))
+
+
+class _TrainBatches(IterableDataset[Batch]):
+    def __init__(self, data: TokenData, rank: int, world_size: int) -> None:
+        self.data, self.rank, self.world_size = data, rank, world_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        data = self.data
+        for step in range(data.start_step, data.steps):
+            place = (step * self.world_size + self.rank) * data.batch_size
+            starts = data.order.starts(place, data.batch_size)
+            yield {"tokens": _read(data.prepared.train, starts, data.context)}
+
+
+class _ValidationBatches(IterableDataset[Batch]):
+    def __init__(self, windows: Tensor, batch_size: int) -> None:
+        self.windows, self.batch_size = windows, batch_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        for tokens in torch.split(self.windows, self.batch_size):
+            yield {"tokens": tokens}
+
+
+class TokenData(LightningDataModule):
+    """Training batches and the fixed evaluation slice of a prepared corpus.
+
+    Args:
+        prepared: the corpus.
+        context: T, tokens a window predicts.
+        batch_size: windows a process takes in one micro-step.
+        data_seed: fixes the order of the training windows, and nothing else does.
+        steps: micro-steps of the whole run (optimizer steps x accumulated micro-batches).
+        start_step: micro-steps that are done already; the batches that follow are those of an uninterrupted run.
+        eval_tokens: held-out tokens wanted; `evaluated_tokens` says how many there are.
+        eval_batch_size: windows in one evaluation batch.
+        rank, world_size: place among the processes; of the trainer where not given, else 0 of 1. Training batches are
+            interleaved so that all processes' micro-batches of an optimizer step are one global batch, the same for any
+            number of processes and micro-batches. Of the evaluation windows each process takes every world_size-th: sum
+            over processes before dividing.
+
+    Raises ConfigError where the training or the validation split is shorter than one window of context + 1 tokens.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        *,
+        context: int,
+        batch_size: int,
+        data_seed: int,
+        steps: int,
+        start_step: int = 0,
+        eval_tokens: int,
+        eval_batch_size: int,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.prepared = prepared
+        self.context = context
+        self.batch_size = batch_size
+        self.steps, self.start_step = steps, start_step
+        self.eval_batch_size = eval_batch_size
+        self.order = DataOrder(len(prepared.train), context, data_seed)
+        self._rank, self._world_size = rank, world_size
+        self._eval_starts = _spread(len(prepared.validation), context, eval_tokens)
+        self._windows: Tensor | None = None
+
+    @property
+    def evaluated_tokens(self) -> int:
+        """Predicted tokens of the evaluation slice: whole windows, as many as wanted or as validation has."""
+        return len(self._eval_starts) * self.context
+
+    @property
+    def probe_windows(self) -> Tensor:
+        """All windows of the evaluation slice, the same for every run on this corpus: int64 [windows, context + 1]."""
+        if self._windows is None:
+            self._windows = _read(self.prepared.validation, self._eval_starts, self.context)
+        return self._windows
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Batches of micro-steps start_step … steps - 1 of this process."""
+        return DataLoader(_TrainBatches(self, *self._place()), batch_size=None, num_workers=0)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """This process's part of the evaluation slice, in the order of the text."""
+        rank, world_size = self._place()
+        windows = self.probe_windows[rank::world_size]
+        return DataLoader(_ValidationBatches(windows, self.eval_batch_size), batch_size=None, num_workers=0)
+
+    def _place(self) -> tuple[int, int]:
+        if self._rank is not None and self._world_size is not None:
+            return self._rank, self._world_size
+        if self.trainer is not None:
+            return self.trainer.global_rank, self.trainer.world_size
+        return 0, 1
+
+
+def _spread(length: int, context: int, wanted: int) -> npt.NDArray[np.int64]:
+    """Starts of the fewest whole windows that hold the wanted tokens, evenly over a stream, without overlap."""
+    whole = (length - 1) // context
+    if whole < 1:
+        raise ConfigError(
+            f"model.context is {context}: the validation split has {length} tokens, fewer than one window "
+            f"of {context + 1}; use a shorter context, a larger corpus or a larger corpus.validation_share"
+        )
+    count = min(whole, -(-wanted // context))
+    return np.arange(count) * whole // count * context
