@@ -1,0 +1,1 @@
+"""Statistics of a finished study: pure functions of tables, seeded, without plotting."""

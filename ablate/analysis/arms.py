@@ -1,0 +1,286 @@
+"""Arms: which runs count, which arm the others are held against, and the straight reading of each one's balance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from ablate.analysis.frames import FACTOR, Tables
+
+DEAD_TARGET = 0.01
+RESTORED = 0.8
+PARTIAL = 0.5
+DIP = 0.05  # n_eff_frac below both ends by more than this counts as a transient collapse
+STORY = (
+    "n_eff_frac_start",
+    "n_eff_frac_min",
+    "n_eff_frac",
+    "n_eff_frac_worst",
+    "dead_frac_start",
+    "dead_frac_max",
+    "dead_frac",
+    "pruned_frac",
+    "revived_frac",
+)
+BALANCE = ("bits_lost", "never_hit", "max_vio", "gini", "n_eff_ceiling", "informativeness")
+COST = (
+    "total_units",
+    "active_units",
+    "active_frac",
+    "total_params",
+    "active_params",
+    "flops_per_token",
+    "tokens",
+    "seconds",
+    "tokens_per_second",
+)
+
+
+def outcomes(tables: Tables) -> pl.DataFrame:
+    """Arms and controls whose runs ended on their own, ready for analysis (intention to treat).
+
+    A diverged run stays: its bpb is the untrained model's (`bpb_start`), for that is what its user is left with; its
+    balance is
+    the last one measured. Pruned and killed runs never reached the end and are left out (see `exclusions`).
+    """
+    frame = tables.evaluation().filter(pl.col("status").is_in(["finished", "diverged"]))
+    lost = pl.col("status") == "diverged"
+    return frame.with_columns(bpb=pl.when(lost).then(pl.col("bpb_start")).otherwise(pl.col("bpb")))
+
+
+def exclusions(tables: Tables) -> list[dict[str, Any]]:
+    """Every run that is left out of the comparisons, or kept although it failed, with the reason."""
+    rows = []
+    for r in tables.trials.filter(pl.col("status") != "finished").iter_rows(named=True):
+        kept = r["status"] == "diverged" and r["kind"] in {"arm", "control"}
+        reason = {
+            "diverged": "diverged; kept, with the bpb of the untrained model" if kept else "diverged",
+            "pruned": "stopped early by the pruner",
+            "killed": "stopped before its end",
+        }[r["status"]]
+        rows.append(
+            {k: r[k] for k in ("trial", "run_id", "arm", "kind", "seed", "status", "message")}
+            | {"kept": kept, "reason": reason}
+        )
+    return rows
+
+
+def reference_arm(tables: Tables) -> str | None:
+    """The arm others are compared with: `reference`, else the one whose factors all have the base's values, else
+    none.
+    """
+    arms = tables.trials.filter(pl.col("kind") == "arm")
+    names = arms["arm"].unique().to_list()
+    if "reference" in names:
+        return "reference"
+    base = tables.study.trial({}).model_dump(mode="json")
+    wanted = {f: base.get(f.partition(".")[0], {}).get(f.partition(".")[2]) for f in tables.factors}
+    best: tuple[int, str] | None = None
+    for row in arms.unique("arm", keep="first", maintain_order=True).iter_rows(named=True):
+        if row["arm"] in tables.study.arms or not tables.factors:
+            continue
+        if all(_same(row[FACTOR + f], v) for f, v in wanted.items()):
+            return str(row["arm"])
+        # A grid that leaves the base's value out is compared with its first levels.
+        rank = sum(_rank(tables, f, row[FACTOR + f]) for f in tables.factors)
+        if best is None or rank < best[0]:
+            best = (rank, str(row["arm"]))
+    return best[1] if best else None
+
+
+def _rank(tables: Tables, factor: str, level: Any) -> int:
+    spec = tables.study.factors.get(factor)
+    levels = spec.levels if spec and spec.levels else []
+    return next((i for i, v in enumerate(levels) if _same(v, level)), len(levels))
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, (int, float)) and isinstance(b, (int, float)):
+        return float(a) == float(b)
+    return str(a) == str(b)
+
+
+def labels(tables: Tables) -> dict[str, str]:
+    """Short reading names of all arms: the levels of the factors that vary; an arm's own name where that says more."""
+    out: dict[str, str] = {}
+    text_levels: dict[str, int] = {}
+    for f in tables.factors:
+        for v in tables.trials[FACTOR + f].drop_nulls().unique().to_list():
+            if isinstance(v, str):
+                text_levels[v] = text_levels.get(v, 0) + 1
+    for row in tables.trials.unique("arm", keep="first", maintain_order=True).iter_rows(named=True):
+        arm = str(row["arm"])
+        if row["kind"] == "control":
+            out[arm] = {
+                "dense_total": "dense, equal total units",
+                "dense_active": "dense, equal active units",
+                "dense_none": "no feed-forward",
+            }.get(arm, arm)
+        elif arm == "reference" or arm in tables.study.arms or row["kind"] == "search" or not tables.factors:
+            out[arm] = arm
+        else:
+            out[arm] = ", ".join(_level(f, row[FACTOR + f], text_levels) for f in tables.factors)
+    counts: dict[str, int] = {}
+    for label in out.values():
+        counts[label] = counts.get(label, 0) + 1
+    return {arm: label if counts[label] == 1 else arm for arm, label in out.items()}
+
+
+def _level(factor: str, value: Any, text_levels: dict[str, int]) -> str:
+    name = factor.partition(".")[2]
+    if (
+        isinstance(value, str)
+        and text_levels.get(value) == 1
+        and value not in {"raw", "own", "on", "off", "all", "none"}
+    ):
+        return value
+    return f"{name} {level_text(value)}"
+
+
+def level_text(value: Any) -> str:
+    """A factor's level as a reader writes it."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def order(tables: Tables) -> list[str]:
+    """All arms and controls in reading order: the reference, the grid in the file's order of levels, named arms,
+    controls.
+    """
+    reference = reference_arm(tables)
+    first = tables.evaluation().unique("arm", keep="first", maintain_order=True)
+    rows = list(first.iter_rows(named=True))
+
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        arm = str(row["arm"])
+        named = list(tables.study.arms)
+        group = 0 if arm == reference else 3 if row["kind"] == "control" else 2 if arm in named else 1
+        ranks = tuple(_rank(tables, f, row[FACTOR + f]) for f in tables.factors) if group == 1 else ()
+        return group, named.index(arm) if arm in named else 0, ranks, arm
+
+    return [str(r["arm"]) for r in sorted(rows, key=key)]
+
+
+def summaries(tables: Tables) -> list[dict[str, Any]]:
+    """One record an arm: runs, quality, the balance story at birth, at its worst and at the end, its class and a
+    sentence.
+    """
+    frame, names = outcomes(tables), labels(tables)
+    reference = reference_arm(tables)
+    out = []
+    for arm in order(tables):
+        runs = tables.evaluation().filter(pl.col("arm") == arm)
+        rows = frame.filter(pl.col("arm") == arm).sort("seed")
+        record: dict[str, Any] = {
+            "arm": arm,
+            "label": names[arm],
+            "kind": str(runs["kind"][0]),
+            "reference": arm == reference,
+            "factors": {f: runs[FACTOR + f][0] for f in tables.factors},
+            "n": rows.height,
+            "seeds": rows["seed"].to_list(),
+            "run_ids": rows["run_id"].to_list(),
+            "statuses": {s: int((runs["status"] == s).sum()) for s in sorted(set(runs["status"].to_list()))},
+            "bpb": spread(rows["bpb"]),
+            **{c: spread(rows[c]) for c in STORY},
+            **{c: spread(rows[c]) for c in BALANCE},
+            **{c: mean(rows[c]) for c in COST},
+        }
+        record["signs"] = signs(record)
+        record["reading"] = reading(record)
+        out.append(record)
+    return out
+
+
+def spread(values: pl.Series) -> dict[str, Any] | None:
+    """Mean, smallest and largest over seeds; None where nothing was measured."""
+    x = values.drop_nulls().to_numpy()
+    return (
+        {"mean": float(np.mean(x)), "min": float(np.min(x)), "max": float(np.max(x)), "n": len(x)} if len(x) else None
+    )
+
+
+def mean(values: pl.Series) -> float | None:
+    """Mean over seeds; None where nothing was measured."""
+    x = values.drop_nulls().to_numpy()
+    return float(np.mean(x)) if len(x) else None
+
+
+def signs(record: dict[str, Any]) -> list[str]:
+    """Which of the three troubles an arm shows, from its means: born_imbalanced, dips, self_prunes; and how it ended.
+    """
+    m = {c: record[c]["mean"] for c in STORY if record[c]}
+    if "n_eff_frac" not in m:
+        return []
+    out = []
+    start = m.get("n_eff_frac_start")
+    if start is not None and start < RESTORED:
+        out.append("born_imbalanced")
+    low = m.get("n_eff_frac_min")
+    if start is not None and low is not None and low < min(start, m["n_eff_frac"]) - DIP:
+        out.append("dips")
+    if m.get("pruned_frac", 0.0) > DEAD_TARGET:
+        out.append("self_prunes")
+    balanced = m["n_eff_frac"] >= RESTORED and m.get("dead_frac", 1.0) <= DEAD_TARGET
+    out.append(
+        "ends_balanced" if balanced else "ends_partly_balanced" if m["n_eff_frac"] >= PARTIAL else "ends_imbalanced"
+    )
+    return out
+
+
+def reading(record: dict[str, Any]) -> str:
+    """Two or three plain sentences that say what the numbers say, imbalance at birth, dip and self-pruning told
+    apart.
+    """
+    if not record["n"]:
+        return "No run of this arm came to an end."
+    if not record["n_eff_frac"]:
+        return "" if record["kind"] == "control" else "Balance was not measured."
+    m = {c: record[c]["mean"] for c in STORY if record[c]}
+    parts = []
+    if "n_eff_frac_start" in m:
+        born = "Born imbalanced" if "born_imbalanced" in record["signs"] else "Born balanced"
+        dead = f", {_percent(m['dead_frac_start'])} of leaves dead" if "dead_frac_start" in m else ""
+        parts.append(f"{born}: {m['n_eff_frac_start']:.2f} of the leaves in effective use at step 0{dead}.")
+    if "n_eff_frac_min" in m:
+        if "dips" in record["signs"]:
+            worst = f" ({_percent(m['dead_frac_max'])} dead at the worst)" if "dead_frac_max" in m else ""
+            parts.append(
+                f"Training first takes it down to {m['n_eff_frac_min']:.2f}{worst}; then part of it comes back."
+            )
+        elif m["n_eff_frac_min"] < m["n_eff_frac"] - DIP:
+            parts.append("No transient collapse beyond the start.")
+    end = {
+        "ends_balanced": "Ends balanced",
+        "ends_partly_balanced": "Ends partly balanced",
+        "ends_imbalanced": "Ends imbalanced",
+    }[record["signs"][-1]]
+    change = m["n_eff_frac"] - m["n_eff_frac_start"] if "n_eff_frac_start" in m else None
+    trend = ""
+    if change is not None:
+        trend = (
+            ", better than at birth" if change > DIP else ", worse than at birth" if change < -DIP else ", as at birth"
+        )
+    dead = f", {_percent(m['dead_frac'])} dead" if "dead_frac" in m else ""
+    parts.append(f"{end}{trend}: {m['n_eff_frac']:.2f}{dead}.")
+    if "pruned_frac" in m:
+        pruned = m["pruned_frac"]
+        tail = (
+            f"Self-pruning: {_percent(pruned)} of all leaves were alive at step 0, died and stayed dead."
+            if "self_prunes" in record["signs"]
+            else f"Hardly any self-pruning ({_percent(pruned)} of all leaves alive at step 0 died and stayed dead)."
+        )
+        parts.append(tail)
+    failed = record["statuses"].get("diverged", 0)
+    if failed:
+        parts.append(f"{failed} of {sum(record['statuses'].values())} runs diverged.")
+    return " ".join(parts)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}%" if 0 < share < 0.1 else f"{100 * share:.0f}%"

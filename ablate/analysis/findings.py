@@ -1,0 +1,144 @@
+"""findings.json: everything a study showed, with the runs behind each number (schema: docs/findings.md)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+
+from ablate.analysis import arms
+from ablate.analysis.contrasts import ALPHA, Claim
+from ablate.analysis.frames import Tables, canonical, load
+from ablate.analysis.verdicts import Comparison, Runs, findings
+from ablate.config import digest
+
+SCHEMA = "ablate.findings/1"
+ENDPOINTS = ["bpb", "n_eff_frac"]
+SENSITIVITY = 3.0  # margins that dense(active) must lose to dense(total) for the task to tell layers apart
+
+
+def analyse(name: str, root: Path) -> Path:
+    """Write reports/<name>/findings.json and metrics.json from a study's tables; returns the first path.
+
+    The same tables give the same bytes. Raises ConfigError for a missing study file or table.
+    """
+    data = compute(load(name, root))
+    folder = root / "reports" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder / "metrics.json", canonical(data["summary"]))
+    return write(folder / "findings.json", canonical(data))
+
+
+def write(path: Path, text: str) -> Path:
+    """Replace a text file in one step, so that a reader never sees half of it."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+    return path
+
+
+def generator(name: str) -> np.random.Generator:
+    """The study's random numbers, from its name alone: reruns and added seeds draw from the same stream."""
+    return np.random.default_rng(int(digest(name), 16))
+
+
+def compute(tables: Tables) -> dict[str, Any]:
+    """All findings of a study as plain data."""
+    rng = generator(tables.name)
+    frame = arms.outcomes(tables)
+    names = arms.labels(tables)
+    runs = Runs.of(frame, ENDPOINTS)
+    summaries = arms.summaries(tables)
+    gap = assay(tables, runs)
+    found: list[dict[str, Any]] = []
+    families = []
+    for family, method, what, comparisons in plan(tables, runs, gap):
+        if comparisons:
+            found += findings(comparisons, runs, names, family=family, method=method, rng=rng)
+            families.append(
+                {"family": family, "adjustment": method, "size": len(comparisons), "what": what, "alpha": ALPHA}
+            )
+    return {
+        "schema": SCHEMA,
+        "study": tables.name,
+        "title": tables.study.title,
+        "notes": tables.study.notes,
+        "design": tables.study.design,
+        "reference": arms.reference_arm(tables),
+        "margin": tables.study.margin,
+        "min_effect_n_eff": tables.study.min_effect_n_eff,
+        "seeds": tables.study.seeds,
+        "inputs": tables.digests,
+        "plan_hash": tables.plan.get("hash") or tables.plan.get("plan_hash"),
+        "families": families,
+        "findings": found,
+        "arms": summaries,
+        "assay": gap,
+        "exclusions": arms.exclusions(tables),
+        "summary": summary(tables, found, summaries),
+    }
+
+
+def assay(tables: Tables, runs: Runs) -> dict[str, Any] | None:
+    """Whether this task can tell a good layer from a poor one: bpb of dense(active) minus dense(total), in margins."""
+    total, active = runs.values.get(("dense_total", "bpb"), {}), runs.values.get(("dense_active", "bpb"), {})
+    if not total or not active:
+        return None
+    gap = float(np.mean(list(active.values())) - np.mean(list(total.values())))
+    ids = [runs.run_ids[arm, s] for arm, v in (("dense_active", active), ("dense_total", total)) for s in v]
+    margins = gap / tables.study.margin
+    return {"gap": gap, "margins": margins, "sensitive": margins >= SENSITIVITY, "run_ids": ids}
+
+
+Family = tuple[str, Literal["holm", "bh"], str, list[Comparison]]
+
+
+def plan(tables: Tables, runs: Runs, gap: dict[str, Any] | None) -> list[Family]:
+    """Which comparisons a study makes: the named contrasts (Holm), then exploratory ones (Benjamini-Hochberg)."""
+    study = tables.study
+    reference = arms.reference_arm(tables)
+    grid = [a for a in arms.order(tables) if a != reference and not a.startswith("dense_")]
+    margins = {"bpb": study.margin, "n_eff_frac": study.min_effect_n_eff}
+    named = [
+        Comparison(
+            c.arm, c.reference, c.endpoint, cast(Claim, c.claim), c.margin, _insensitive(c.reference, c.claim, gap)
+        )
+        for c in study.contrasts
+    ]
+    measured = [e for e in ENDPOINTS if any(endpoint == e for _, endpoint in runs.values)]
+    against = [Comparison(a, reference, e, "differs", margins[e]) for a in grid for e in measured if reference]
+    trees = [a for a in [reference, *grid] if a]
+    dense: list[Comparison] = []
+    for control, claim in (("dense_total", "matches"), ("dense_active", "lower")):
+        if (control, "bpb") in runs.values:
+            block = _insensitive(control, claim, gap)
+            dense += [Comparison(a, control, "bpb", cast(Claim, claim), study.margin, block) for a in trees]
+    return [
+        ("confirm", "holm", "contrasts named in the study before the first trial", named),
+        ("arms", "bh", "every arm against the reference arm", [] if named else against),
+        ("dense", "bh", "every tree arm against the dense controls", dense),
+    ]
+
+
+def _insensitive(reference: str, claim: str, gap: dict[str, Any] | None) -> str:
+    if claim != "matches" or not reference.startswith("dense_"):
+        return ""
+    if gap is None:
+        return "no assay sensitivity known: the study has no dense_total and dense_active controls"
+    if not gap["sensitive"]:
+        return f"the task cannot tell: dense layers of active and total size are {gap['margins']:.1f} margins apart, under 3"
+    return ""
+
+
+def summary(tables: Tables, found: list[dict[str, Any]], summaries: list[dict[str, Any]]) -> dict[str, Any]:
+    """The few numbers `dvc metrics` shows."""
+    counts = {v: sum(f["verdict"] == v for f in found) for v in ("supported", "refuted", "inconclusive")}
+    out: dict[str, Any] = {"trials": tables.trials.height, **counts}
+    for endpoint, best in (("bpb", min), ("n_eff_frac", max)):
+        values = {a["label"]: a[endpoint]["mean"] for a in summaries if a[endpoint]}
+        if values:
+            out[f"best_{endpoint}"] = best(values.values())
+            out[f"best_{endpoint}_arm"] = best(values, key=values.__getitem__)
+    return out

@@ -1,0 +1,231 @@
+"""The tables of one study, read and checked: everything downstream works on these frames and nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from ablate.balance.usage import USAGE_SCHEMA
+from ablate.config import ConfigError, Study, load_study
+
+FACTOR = "factor."
+KEYS: dict[str, pl.DataType] = {
+    "study": pl.String(),
+    "trial": pl.String(),
+    "arm": pl.String(),
+    "kind": pl.String(),
+    "seed": pl.Int64(),
+}
+TRIAL_TEXT = (
+    "status",
+    "run_id",
+    "config",
+    "git_commit",
+    "data_hash",
+    "tokenizer_hash",
+    "machine",
+    "device",
+    "message",
+    "versions",
+    "route_table",
+)
+TRIAL_NUMBERS = (
+    "bpb",
+    "bpb_start",
+    "train_loss",
+    "n_eff_frac",
+    "n_eff_frac_worst",
+    "dead_frac",
+    "dead_frac_worst",
+    "never_hit",
+    "max_vio",
+    "gini",
+    "bits_lost",
+    "bits_lost_worst",
+    "collapse",
+    "n_eff_frac_start",
+    "n_eff_frac_min",
+    "dead_frac_start",
+    "dead_frac_max",
+    "pruned_frac",
+    "revived_frac",
+    "n_eff_ceiling",
+    "informativeness",
+    "informativeness_shuffled",
+    "total_units",
+    "active_units",
+    "active_frac",
+    "total_params",
+    "active_params",
+    "flops_per_token",
+    "tokens",
+    "seconds",
+    "tokens_per_second",
+    "threads",
+)
+HISTORY_NUMBERS = ["step", "tokens", "bpb", "train_loss", "lr", "n_eff_frac", "dead_frac", "bits_lost"]
+STATUSES = {"finished", "diverged", "pruned", "killed"}
+STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+@dataclass(frozen=True)
+class Tables:
+    """One study: its settings, its plan and its tables.
+
+    `trials` has one row a trial, sorted by kind, arm and seed, with every column of TRIAL_TEXT and TRIAL_NUMBERS
+    present
+    (null where the study did not measure it) and NaN turned into null. `history` has one row an evaluation. `usage`
+    is a lazy
+    scan, None where there is no such table: a large study's usage does not fit in memory.
+    """
+
+    name: str
+    study: Study
+    plan: dict[str, Any]
+    trials: pl.DataFrame
+    history: pl.DataFrame
+    usage: pl.LazyFrame | None
+    digests: dict[str, str]
+
+    @property
+    def factors(self) -> list[str]:
+        """Dotted names of the study's factors that take more than one level, in the file's order.
+
+        Fields that only named arms change are factors where the study has no others (a `confirm`).
+        """
+        named = [key for arm in self.study.arms.values() for key in arm]
+        known = list(self.study.factors) or list(dict.fromkeys(named))
+        return [f for f in known if FACTOR + f in self.trials.columns and self._varies(f)]
+
+    def _varies(self, factor: str) -> bool:
+        planned = self.trials.filter(pl.col("kind").is_in(["arm", "search"]))
+        return planned[FACTOR + factor].drop_nulls().n_unique() > 1
+
+    def grid(self) -> pl.DataFrame:
+        """Trials of the arms that the factors span: named arms and controls left out."""
+        return self.trials.filter((pl.col("kind") == "arm") & ~pl.col("arm").is_in([*self.study.arms]))
+
+    def evaluation(self) -> pl.DataFrame:
+        """Trials that answer the question: arms and controls, tuning and search left out."""
+        return self.trials.filter(pl.col("kind").is_in(["arm", "control"]))
+
+
+def load(name: str, root: Path) -> Tables:
+    """Read and check the tables of a study.
+
+    Raises:
+        ConfigError: the name is none, the study file or a table is missing (the message says which command makes it),
+        a column
+            is missing, or there is no trial.
+    """
+    if not STUDY_NAME.fullmatch(name):
+        raise ConfigError(f"study name {name!r}: letters, digits, '.', '_' and '-' are allowed, 64 at most")
+    study = load_study(root / "studies" / f"{name}.yaml")
+    folder = root / "tables" / name
+    trials = _trials(folder / "trials.parquet", name)
+    history = _history(folder / "history.parquet", name)
+    usage_path = folder / "usage.parquet"
+    plan_path = root / "results" / name / "plan.json"
+    digests = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        for path in (
+            folder / "trials.parquet",
+            folder / "history.parquet",
+            plan_path,
+            root / "studies" / f"{name}.yaml",
+        )
+        if path.exists()
+    }
+    return Tables(name, study, _plan(plan_path), trials, history, _usage(usage_path, name), digests)
+
+
+def _read(path: Path, name: str, required: set[str]) -> pl.DataFrame:
+    if not path.exists():
+        raise ConfigError(
+            f"table {str(path)!r} does not exist: run `ablate study run studies/{name}.yaml`, "
+            f"then `ablate collect {name}`"
+        )
+    try:
+        frame = pl.read_parquet(path)
+    except pl.exceptions.PolarsError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"table {str(path)!r} cannot be read ({reason}): run `ablate collect {name}`") from None
+    _require(set(frame.columns), required, path, name)
+    return frame
+
+
+def _require(columns: set[str], required: set[str], path: Path, name: str) -> None:
+    missing = sorted(required - columns)
+    if missing:
+        raise ConfigError(f"table {str(path)!r} has no column {missing[0]!r}: run `ablate collect {name}` again")
+
+
+def _trials(path: Path, name: str) -> pl.DataFrame:
+    frame = _read(path, name, {"trial", "arm", "seed", "status", "bpb", "kind"})
+    if frame.is_empty():
+        raise ConfigError(f"table {str(path)!r} has no trial: run `ablate study run studies/{name}.yaml` first")
+    unknown = set(frame["status"].drop_nulls().unique()) - STATUSES
+    if unknown:
+        raise ConfigError(f"table {str(path)!r}: status is {min(unknown)!r}; allowed are {', '.join(sorted(STATUSES))}")
+    if frame["trial"].is_duplicated().any():
+        twice = frame.filter(pl.col("trial").is_duplicated())["trial"][0]
+        raise ConfigError(f"table {str(path)!r}: trial {twice!r} stands in it twice; run `ablate collect {name}` again")
+    frame = _complete(frame, {"study": pl.String(), **KEYS}, TRIAL_TEXT, TRIAL_NUMBERS)
+    if "git_dirty" not in frame.columns:
+        frame = frame.with_columns(git_dirty=pl.lit(None, pl.Boolean))
+    return frame.with_columns(run_id=pl.col("run_id").fill_null(pl.col("trial"))).sort("kind", "arm", "seed", "trial")
+
+
+def _history(path: Path, name: str) -> pl.DataFrame:
+    frame = _read(path, name, {"trial", "arm", "seed", "step", "bpb"})
+    return _complete(frame, {"study": pl.String(), **KEYS}, (), HISTORY_NUMBERS).sort("arm", "seed", "trial", "step")
+
+
+def _complete(frame: pl.DataFrame, keys: dict[str, pl.DataType], text: Any, numbers: Any) -> pl.DataFrame:
+    absent = {c: pl.String() for c in text} | {c: pl.Float64() for c in numbers} | keys
+    frame = frame.with_columns(pl.lit(None, dtype).alias(c) for c, dtype in absent.items() if c not in frame.columns)
+    frame = frame.with_columns(pl.col(c).cast(dtype, strict=False) for c, dtype in absent.items())
+    floats = [c for c, dtype in frame.schema.items() if dtype.is_float()]
+    return frame.with_columns(pl.when(pl.col(c).is_finite()).then(pl.col(c)).alias(c) for c in floats)
+
+
+def _usage(path: Path, name: str) -> pl.LazyFrame | None:
+    if not path.exists():
+        return None
+    scan = pl.scan_parquet(path)
+    _require(set(scan.collect_schema().names()), {"trial", "arm", "seed", *USAGE_SCHEMA}, path, name)
+    return scan
+
+
+def _plan(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        plan = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        raise ConfigError(f"plan {str(path)!r} is not JSON: it was damaged after `ablate study run` wrote it") from None
+    return plan if isinstance(plan, dict) else {}
+
+
+def canonical(data: Any) -> str:
+    """JSON text that is the same for the same data: floats at ten significant digits, NaN and infinities as null."""
+    return json.dumps(_rounded(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _rounded(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {str(k): _rounded(v) for k, v in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_rounded(v) for v in data]
+    if hasattr(data, "item") and not isinstance(data, (str, bytes)):
+        data = data.item()
+    if isinstance(data, float):
+        return float(f"{data:.10g}") if math.isfinite(data) else None
+    return data

@@ -1,0 +1,143 @@
+"""Everything of a study into reports/<name>/: the page, report.md, figures and tables."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib as mpl
+from markupsafe import Markup
+
+from ablate.analysis.findings import analyse, write
+from ablate.analysis.frames import canonical, load
+from ablate.config import ConfigError
+from ablate.report import balance_views, parts, style
+from ablate.report.context import Context
+from ablate.report.parts import View
+
+TEMPLATES = Path(__file__).parent / "templates"
+VIEWS: list[Callable[[Context], View]] = [
+    balance_views.balance_story,
+    balance_views.pareto_v1,
+    balance_views.usage_map,
+    balance_views.trajectories,
+]
+
+
+def build(name: str, root: Path, address: str | None = None) -> Path:
+    """Write reports/<name>/ (index.html, report.md, figures/, tables/) and return its path.
+
+    Findings are computed first where they are missing or older than the tables. `address` is MLflow's, for links to
+    runs.
+
+    Raises:
+        ConfigError: a study file or table is missing, or the address is not an http(s) one.
+    """
+    if address is not None and not re.fullmatch(r"https?://[A-Za-z0-9.:\[\]_/-]+", address):
+        raise ConfigError(f"MLflow address is {address!r}: it starts with http:// or https://")
+    tables = load(name, root)
+    folder = root / "reports" / name
+    findings = _findings(name, root, tables.digests)
+    with mpl.rc_context(style.RC):
+        context = Context(tables, findings, address.rstrip("/") if address else None)
+        views = [view(context) for view in VIEWS]
+        _empty(folder / "figures")
+        _empty(folder / "tables")
+        pictures = _figures(views, folder)
+    _tables(views, folder)
+    write(folder / "report.md", _markdown(context, views))
+    write(folder / "index.html", _page(context, views, pictures))
+    return folder
+
+
+def _findings(name: str, root: Path, digests: dict[str, str]) -> dict[str, Any]:
+    path = root / "reports" / name / "findings.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["inputs"] == digests:
+            return dict(data)
+    except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
+        pass  # missing, damaged or of another version: made anew below
+    return dict(json.loads(analyse(name, root).read_text(encoding="utf-8")))
+
+
+def _empty(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
+def _figures(views: list[View], folder: Path) -> dict[str, str]:
+    pictures = {}
+    for view in views:
+        for name, _, figure in view.figures:
+            pictures[name] = style.svg(figure)
+            write(folder / "figures" / f"{name}.svg", pictures[name])
+            (folder / "figures" / f"{name}.png").write_bytes(style.png(figure))
+    return pictures
+
+
+def _tables(views: list[View], folder: Path) -> None:
+    for view in views:
+        for table in view.tables:
+            frame = parts.frame_of(table)
+            write(folder / "tables" / f"{table.name}.tex", parts.latex_table(table))
+            write(folder / "tables" / f"{table.name}.csv", parts.safe_csv(frame))
+            frame.write_parquet(folder / "tables" / f"{table.name}.parquet")
+        for name, frame in view.data.items():
+            write(folder / "tables" / f"{name}.csv", parts.safe_csv(frame))
+            frame.write_parquet(folder / "tables" / f"{name}.parquet")
+
+
+def _markdown(c: Context, views: list[View]) -> str:
+    md = parts.markdown
+    lines = [f"# {md(c.findings['title'] or c.tables.name)}", ""]
+    lines += [md(c.findings["notes"]), ""] if c.findings["notes"] else []
+    for view in views:
+        lines += [f"## {md(view.title)}", "", f"*{md(view.question)}*", ""]
+        if view.missing:
+            lines += [view.missing, ""]
+        for text in view.reading:
+            lines += [f"- {md(text)}"]
+        lines += [""] if view.reading else []
+        for name, caption, _ in view.figures:
+            lines += [f"![{md(caption)}](figures/{name}.png)", ""]
+        for table in view.tables:
+            lines += [f"**{md(table.caption)}**", "", parts.markdown_table(table), ""]
+    return "\n".join(lines)
+
+
+def _page(c: Context, views: list[View], pictures: dict[str, str]) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    sections = []
+    for view in views:
+        figures = [
+            {"name": name, "caption": caption, "svg": Markup(style.inline(pictures[name], name, escape(caption)))}
+            for name, caption, _ in view.figures
+        ]
+        tables = [Markup(parts.html_table(t, c.address)) for t in view.tables]
+        sections.append({"view": view, "figures": figures, "tables": tables})
+    scripts: list[str] = []
+    hashes = ["'sha256-" + base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() + "'" for s in scripts]
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+    policy += f"; script-src {' '.join(hashes)}" if hashes else ""
+    return environment.get_template("report.html.j2").render(
+        title=c.findings["title"] or c.tables.name,
+        study=c.tables.name,
+        findings=c.findings,
+        sections=sections,
+        policy=policy,
+        css=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
+        scripts=[Markup(s) for s in scripts],
+        data=Markup(canonical({})),
+    )

@@ -1,0 +1,140 @@
+"""What every view draws from: tables, findings, names and marks, and the leaf usage of the arms that are shown."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from ablate.analysis import arms
+from ablate.analysis.frames import Tables
+from ablate.report.style import Styles, assign
+
+PANELS = 16  # arms drawn as small multiples; the choice is named where there are more
+
+
+@dataclass(frozen=True)
+class Usage:
+    """One trial's usage on the held-out slice."""
+
+    arm: str
+    trial: str
+    run_id: str
+    seed: int
+    steps: list[int]
+    leaves: NDArray[np.int64]
+    """Counts [S, layers, K, L]."""
+    nodes: NDArray[np.int64]
+    """Counts [S, layers, K, M], heap order."""
+    skew: NDArray[np.float64]
+    """Gradient skew [S, layers, K, M]; NaN where unknown."""
+    offset: NDArray[np.float64]
+    """Router offset, likewise."""
+
+    @property
+    def depth(self) -> int:
+        """D."""
+        return int(self.leaves.shape[-1]).bit_length() - 1
+
+
+@dataclass(frozen=True)
+class Context:
+    """Everything a view may use."""
+
+    tables: Tables
+    findings: dict[str, Any]
+    address: str | None = None
+    """MLflow's address for links to runs."""
+
+    @cached_property
+    def order(self) -> list[str]:
+        """Arms and controls in reading order."""
+        return [a["arm"] for a in self.findings["arms"]]
+
+    @cached_property
+    def labels(self) -> dict[str, str]:
+        """Reading names."""
+        return {a["arm"]: a["label"] for a in self.findings["arms"]}
+
+    @cached_property
+    def styles(self) -> Styles:
+        """Marks of all arms."""
+        return assign(self.tables, self.order, self.labels)
+
+    @cached_property
+    def outcomes(self) -> pl.DataFrame:
+        """Runs that count."""
+        return arms.outcomes(self.tables)
+
+    @cached_property
+    def trees(self) -> list[str]:
+        """Arms with balance, in reading order."""
+        return [a["arm"] for a in self.findings["arms"] if a["n_eff_frac"]]
+
+    @cached_property
+    def shown(self) -> list[str]:
+        """Tree arms drawn one by one: all, or the reference, the named ones and an even choice over n_eff_frac."""
+        if len(self.trees) <= PANELS:
+            return self.trees
+        records = {a["arm"]: a for a in self.findings["arms"]}
+        kept = [a for a in self.trees if records[a]["reference"] or a in self.tables.study.arms][: PANELS // 2]
+        rest = sorted((a for a in self.trees if a not in kept), key=lambda a: (records[a]["n_eff_frac"]["mean"], a))
+        places = np.unique(np.linspace(0, len(rest) - 1, PANELS - len(kept)).round().astype(int))
+        chosen = {*kept, *(rest[i] for i in places)}
+        return [a for a in self.trees if a in chosen]
+
+    @cached_property
+    def choice(self) -> str:
+        """A sentence on which arms are drawn, empty where all are."""
+        if len(self.shown) == len(self.trees):
+            return ""
+        return (
+            f"Drawn: {len(self.shown)} of {len(self.trees)} arms (the reference, named arms and an even choice over "
+            "n_eff_frac); all of them stand in the tables."
+        )
+
+    @cached_property
+    def usage(self) -> dict[str, Usage]:
+        """For each drawn arm, the usage of its first seed's trial."""
+        if self.tables.usage is None:
+            return {}
+        picked: dict[str, dict[str, Any]] = {}
+        for row in self.outcomes.sort("arm", pl.col("status") == "diverged", "seed").iter_rows(named=True):
+            if row["arm"] in self.shown:
+                picked.setdefault(row["arm"], row)
+        wanted = [r["trial"] for r in picked.values()]
+        held_out = (pl.col("window") == "held_out") & pl.col("trial").is_in(wanted)
+        columns = ["trial", "step", "layer", "tree", "level", "index", "count", "skew", "offset"]
+        frame = self.tables.usage.filter(held_out).select(columns).collect()
+        parts = {key[0]: part for key, part in frame.partition_by("trial", as_dict=True).items()}
+        return {
+            a: arrays(picked[a], parts[picked[a]["trial"]])
+            for a in self.shown
+            if a in picked and picked[a]["trial"] in parts
+        }
+
+
+def arrays(row: dict[str, Any], frame: pl.DataFrame) -> Usage:
+    """One trial's usage rows as arrays; positions without a row count 0."""
+    steps = frame["step"].unique().sort().to_list()
+    layers, trees = int(frame["layer"].max() or 0) + 1, int(frame["tree"].max() or 0) + 1  # type: ignore[arg-type]
+    depth = int(frame["level"].max() or 0)  # type: ignore[arg-type]
+    slots = 2 ** (depth + 1) - 1
+    heap = (2 ** frame["level"].cast(pl.Int64).to_numpy() - 1) + frame["index"].to_numpy()
+    at = (np.searchsorted(steps, frame["step"].to_numpy()), frame["layer"].to_numpy(), frame["tree"].to_numpy(), heap)
+    shape = (len(steps), layers, trees, slots)
+    counts = np.zeros(shape, dtype=np.int64)
+    counts[at] = frame["count"].to_numpy()
+    values = []
+    for column in ("skew", "offset"):
+        out = np.full(shape, np.nan)
+        out[at] = frame[column].cast(pl.Float64).fill_null(float("nan")).to_numpy()
+        values.append(out[..., : 2**depth - 1])
+    inner = 2**depth - 1
+    return Usage(
+        row["arm"], row["trial"], row["run_id"], row["seed"], steps, counts[..., inner:], counts[..., :inner], *values
+    )

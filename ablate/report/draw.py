@@ -1,0 +1,102 @@
+"""Small drawing helpers shared by the figures."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from ablate.report.style import DASHES, GRID, MARKERS, MUTED, PLOTLY_MARKERS, ArmStyle, Styles, new
+
+
+def panels(
+    count: int, *, width: float = 2.35, height: float = 1.75, across: int = 4, share: Any = True
+) -> tuple[Figure, list[Axes]]:
+    """A grid of `count` small multiples with shared axes."""
+    columns = min(across, max(1, count))
+    rows = math.ceil(count / columns)
+    figure = new(max(width * columns, 4.6) + 0.4, height * rows + 0.55)
+    axes = figure.subplots(rows, columns, sharex=share, sharey=share, squeeze=False).ravel().tolist()
+    for spare in axes[count:]:
+        spare.set_visible(False)
+    for i, ax in enumerate(axes[:count]):
+        # With a spare panel below, this one carries the axis.
+        if i + columns >= count:
+            ax.tick_params(labelbottom=True)
+    return figure, axes[:count]
+
+
+def wrap(text: str, width: int = 26, lines: int = 2) -> str:
+    """Text cut to a few short lines, for panel titles and ticks."""
+    parts = textwrap.wrap(text, width) or [""]
+    return "\n".join(parts[:lines]) + ("…" if len(parts) > lines else "")
+
+
+def mark(style: ArmStyle) -> dict[str, Any]:
+    """Marker settings of an arm for `Axes.plot`."""
+    return {
+        "marker": MARKERS[style.marker],
+        "color": style.colour,
+        "markerfacecolor": style.colour if style.filled else "none",
+        "markeredgecolor": style.colour,
+    }
+
+
+def plotly_mark(style: ArmStyle, size: int = 9) -> dict[str, Any]:
+    """Marker settings of an arm for plotly."""
+    name = PLOTLY_MARKERS[style.marker] + ("" if style.filled else "-open")
+    return {"symbol": name, "color": style.colour, "size": size, "line": {"width": 1.2 if not style.filled else 0}}
+
+
+def legend(figure: Figure, styles: Styles, *, lines: bool = False, columns: int = 4) -> None:
+    """The arms' marks, under the figure."""
+    handles = []
+    for name, style in styles.legend:
+        dash = DASHES[style.dash] if lines else "none"
+        handles.append(Line2D([], [], label=wrap(name, 34, 2), markersize=6, linestyle=dash, **mark(style)))
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(columns, len(handles)))
+
+
+def ellipse(x: Sequence[float], y: Sequence[float], points: int = 60) -> tuple[Any, Any] | None:
+    """95% confidence ellipse of a mean of paired seeds (Hotelling's T², n >= 3); None where it has no area."""
+    from scipy import stats
+
+    n = len(x)
+    if n < 3:
+        return None
+    cov = np.cov(np.array([x, y]))
+    values, vectors = np.linalg.eigh(cov)
+    if values.min() <= 0:
+        return None
+    radius = np.sqrt(2 * (n - 1) / (n * (n - 2)) * stats.f.ppf(0.95, 2, n - 2) * values)
+    angle = np.linspace(0, 2 * np.pi, points)
+    circle = vectors @ (radius[:, None] * np.array([np.cos(angle), np.sin(angle)]))
+    return np.mean(x) + circle[0], np.mean(y) + circle[1]
+
+
+def note(ax: Axes, text: str) -> None:
+    """A muted remark inside an axis."""
+    ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", color=MUTED, fontsize=8)
+
+
+def zero(ax: Axes, *, vertical: bool = True) -> None:
+    """A line at zero."""
+    (ax.axvline if vertical else ax.axhline)(0, color=MUTED, linewidth=0.9, zorder=1)
+
+
+def strip(ax: Axes) -> None:
+    """No grid and no frame, for heat maps and drawings."""
+    ax.grid(False)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+    ax.tick_params(length=0, colors=MUTED)
+
+
+__all__ = ["GRID", "ellipse", "legend", "mark", "note", "panels", "plotly_mark", "strip", "wrap", "zero"]
