@@ -1,0 +1,1 @@
+"""Studies: from a study file to finished trials, whatever happens on the way."""

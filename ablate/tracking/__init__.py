@@ -1,0 +1,1 @@
+"""Tracking: every trial as an MLflow run, and every result as tables."""

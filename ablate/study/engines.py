@@ -1,0 +1,188 @@
+"""Where workers run: spawned processes on this machine. An engine starts workers, passes on their news, and stops them."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from ablate.study.worker import Event, Job, work
+
+THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "NUMBA_NUM_THREADS",
+    "POLARS_MAX_THREADS",
+)
+
+
+def available_cpus() -> int:
+    """Cores that this process may use: its affinity, and a container's quota where there is one."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return count
+    return count if quota == "max" else max(1, min(count, int(quota) // int(period)))
+
+
+class LocalEngine:
+    """One spawned process a worker, threads divided among them; a worker dies with this process."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self._context = multiprocessing.get_context("spawn")
+        self._processes: dict[str, Any] = {}
+        self._pipes: dict[str, Connection] = {}
+        self._started = 0
+
+    @property
+    def threads(self) -> int:
+        """Threads of each worker."""
+        return max(1, available_cpus() // self.workers)
+
+    def ensure(self, job: Job, wanted: int) -> None:
+        """Start workers until `wanted` of them, at most `workers`, are alive."""
+        while len(self._processes) < min(wanted, self.workers):
+            slot = self._started % self.workers
+            self._started += 1
+            receiver, sender = self._context.Pipe(duplex=False)
+            log = job.layout.state / "logs" / f"{job.plan.study.name}.worker{slot}.log"
+            name = f"{host()}:{os.getpid()}:{self._started}"
+            process = self._context.Process(
+                target=_main, args=(job, name, slot, sender, os.getpid(), log), name=f"ablate-worker-{slot}"
+            )
+            with _environment(dict.fromkeys(THREAD_VARIABLES, str(job.threads))):
+                process.start()
+            sender.close()
+            self._processes[name], self._pipes[name] = process, receiver
+
+    def poll(self, seconds: float) -> list[Event]:
+        """News of the last moments; waits at most `seconds` for some."""
+        if not self._pipes:
+            time.sleep(seconds)
+            return []
+        names = {id(pipe): name for name, pipe in self._pipes.items()}
+        events = []
+        for pipe in wait(list(self._pipes.values()), timeout=seconds):
+            assert isinstance(pipe, Connection)
+            try:
+                while pipe.poll():
+                    events.append(pipe.recv())
+            except (EOFError, OSError):
+                # The worker is gone, perhaps in the middle of a message; `reap` says how it ended.
+                self._pipes.pop(names[id(pipe)]).close()
+        return events
+
+    def reap(self) -> list[tuple[str, int]]:
+        """Workers that have ended since, with their exit codes (negative: the signal that killed them)."""
+        ended = []
+        for name, process in list(self._processes.items()):
+            if name not in self._pipes or process.exitcode is not None:
+                process.join()
+                if name in self._pipes:
+                    continue  # Its last news are still in the pipe; the next poll reads them.
+                ended.append((name, int(process.exitcode or 0)))
+                del self._processes[name]
+        return ended
+
+    @property
+    def alive(self) -> int:
+        """Workers that have not been reaped."""
+        return len(self._processes)
+
+    def stop(self) -> None:
+        """Ask every worker to finish its step, save, and end."""
+        self._signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End every worker at once; what it was running goes on from its last checkpoint."""
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: signal.Signals) -> None:
+        for process in self._processes.values():
+            if process.exitcode is None and process.pid:
+                os.kill(process.pid, number)
+
+
+def host() -> str:
+    """This machine's name, as it stands in worker names."""
+    return os.uname().nodename.replace(":", "_")
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Environment variables that a child process is to find before it imports anything."""
+    before = {key: os.environ.get(key) for key in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for key, old in before.items():
+            if old is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = old
+
+
+def _main(job: Job, name: str, slot: int, pipe: Connection, parent: int, log: Path) -> None:
+    """A worker process from its start to its end."""
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # A terminal's Ctrl-C reaches everybody; the parent passes it on.
+    _die_with(parent)
+    _redirect(log)
+    _own_gpu(slot, job.plan.study.trial({}).train.devices)
+
+    def report(event: Event) -> None:
+        try:
+            pipe.send(event)
+        except BrokenPipeError:
+            stop.set()
+
+    work(job, name, report, stop.is_set)
+
+
+def _die_with(parent: int) -> None:
+    """End this process as soon as its parent is gone, so that two studies never work on the same trial."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    # Also where there is no prctl, and for a parent that died before it was called.
+    threading.Thread(target=watch, daemon=True, name="parent-watch").start()
+
+
+def _redirect(log: Path) -> None:
+    """Send what libraries print to a file; the terminal belongs to the study's progress."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+
+
+def _own_gpu(slot: int, devices: int) -> None:
+    """Show this worker its own share of the NVIDIA GPUs, before CUDA is initialised."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = given.split(",") if given else [p.name[6:] for p in sorted(Path("/dev").glob("nvidia[0-9]*"))]
+    if len(gpus) > devices:
+        first = slot * devices % len(gpus)
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join((gpus + gpus)[first : first + devices])

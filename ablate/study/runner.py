@@ -1,0 +1,333 @@
+"""`run_study`: plan, queue, workers, and going on after anything that can happen to them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+from filelock import FileLock, Timeout
+
+from ablate.config import ConfigError, Study
+from ablate.study.designs import Plan, choose_rate, expand
+from ablate.study.engines import LocalEngine, host
+from ablate.study.progress import Display
+from ablate.study.queue import Queue, default_storage, open_storage
+from ablate.study.records import Layout, Record, Tracker, load_plan, load_record, partial_files, save_plan
+from ablate.study.worker import Event, Job, Run
+
+# So many workers in a row that end without having touched a trial, and starting more of them is no use.
+MAX_FALSE_STARTS = 3
+
+
+class Engine(Protocol):
+    """Where workers run; see engines.LocalEngine for what each method promises."""
+
+    workers: int
+
+    @property
+    def threads(self) -> int: ...  # noqa: D102
+    @property
+    def alive(self) -> int: ...  # noqa: D102
+    def ensure(self, job: Job, wanted: int) -> None: ...  # noqa: D102
+    def poll(self, seconds: float) -> list[Event]: ...  # noqa: D102
+    def reap(self) -> list[tuple[str, int]]: ...  # noqa: D102
+    def stop(self) -> None: ...  # noqa: D102
+    def kill(self) -> None: ...  # noqa: D102
+
+
+@dataclass(slots=True)
+class Outcome:
+    """How a run of a study ended."""
+
+    done: int
+    total: int
+    """Trials of the plan; for a search its budget, or as many as are done."""
+    failed: list[str] = field(default_factory=list)
+    """Trials given up after their retries, each `arm, seed: message`."""
+    signal: int | None = None
+    """The signal that ended it early."""
+    message: str = ""
+    """Why it stopped early, where no signal did."""
+
+    @property
+    def exit_code(self) -> int:
+        """0 complete; 1 trials failed or the machine could not go on; 128 + n after signal n (130 Ctrl-C, 143 SIGTERM)."""
+        if self.signal is not None:
+            return 128 + self.signal
+        return 1 if self.failed or self.message else 0
+
+
+def run_study(
+    study: Study,
+    root: Path,
+    *,
+    workers: int = 1,
+    data_root: Path | None = None,
+    storage: str | None = None,
+    tracker: Tracker | None = None,
+    engine: Engine | None = None,
+    run: Run | None = None,
+    display: Display | None = None,
+) -> Outcome:
+    """Run every trial of a study that has no result yet; safe to call again after any crash.
+
+    Args:
+        study: the study file.
+        root: the project's root; results/, state/ and tables/ lie under it.
+        workers: local processes; threads are divided among them.
+        data_root: prepared corpora; root/data where not given.
+        storage: Optuna's database URL; SQLite under root/state where not given.
+        tracker: where runs are tracked (tracking.mlflow.MlflowTracker); None tracks nothing.
+        engine: where workers run; local processes where not given.
+        run: what runs a trial; training.trial.run_trial where not given. It is pickled into workers.
+        display: shows progress.
+
+    Raises:
+        ConfigError: before anything is trained: an invalid arm, a changed confirm plan, an unusable corpus, storage or
+            tracking server, or a study that is running already.
+    """
+    if workers < 1:
+        raise ConfigError(f"workers is {workers}: at least 1 is needed")
+    root = root.resolve()
+    layout = Layout(root, study.name)
+    engine = engine or LocalEngine(workers)
+    expand(study)
+    with _alone(layout), _Signals() as signals:
+        for partial in partial_files(layout):
+            partial.unlink(missing_ok=True)
+        card = None
+        if run is None:
+            card = _data_card(study, data_root or root / "data")
+            _set_aside(layout, card)
+        job = Job(
+            plan=_plan(study, layout),
+            root=root,
+            data_root=(data_root or root / "data").resolve(),
+            storage=storage or default_storage(root),
+            tracker=tracker,
+            run=run,
+            threads=engine.threads,
+        )
+        queue = Queue(job.plan, open_storage(job.storage))
+        if tracker:
+            tracker.start_study(job.plan, layout, card)
+        outcome = _Session(job, engine, queue, signals, display).run()
+        if tracker:
+            status = "killed" if outcome.signal else "failed" if outcome.exit_code else "finished"
+            tracker.end_study(job.plan, layout, status)
+        return outcome
+
+
+def _plan(study: Study, layout: Layout) -> Plan:
+    """The plan as far as it is known, written to plan.json."""
+    rates, tuned = learning_rates(study, layout)
+    plan = expand(study, rates)
+    save_plan(layout, plan, tuned)
+    return plan
+
+
+def learning_rates(study: Study, layout: Layout) -> tuple[dict[str, float], dict[str, Any]]:
+    """The rate of every arm whose tuning trials are all done, and how it was chosen (for plan.json and the report)."""
+    if study.tune is None:
+        return {}, {}
+    done = layout.done()
+    found: dict[str, dict[float, list[float | None]]] = {}
+    for planned in expand(study).trials:
+        if planned.hash in done:
+            record = load_record(layout.record(planned.hash))
+            bpb = record.final.bpb if record.status == "finished" else None
+            found.setdefault(planned.arm, {}).setdefault(planned.trial.train.lr, []).append(bpb)
+    rates, tuned = {}, {}
+    for arm, values in found.items():
+        if sum(map(len, values.values())) < len(study.tune.lr) * len(study.tune.seeds):
+            continue
+        rates[arm], edge = choose_rate(values)
+        tuned[arm] = {
+            "lr": rates[arm],
+            "at_edge": edge,
+            "tried": [{"lr": lr, "bpb": values[lr]} for lr in sorted(values)],
+        }
+    return rates, tuned
+
+
+class _Session:
+    """One run of a study, from its queue to the end of its last worker."""
+
+    def __init__(self, job: Job, engine: Engine, queue: Queue, signals: _Signals, display: Display | None) -> None:
+        self.job, self.engine, self.queue, self.signals = job, engine, queue, signals
+        self.layout = job.layout
+        self.display = display or Display(job.plan.study.name, job.plan.total, self._done(), engine.workers)
+        self.failed: list[str] = []
+        self.message = ""
+        self._stopping = 0
+        self._false_starts = 0
+
+    def run(self) -> Outcome:
+        with self.display:
+            while not self._ended():
+                waiting = self.queue.reconcile(self.layout.done(), self._record, host())
+                if waiting or self._open_ended():
+                    self._workers()
+                if self._ended() or not self._next_phase():
+                    break
+        total = self.job.plan.total or self._done()
+        return Outcome(self._done(), total, self.failed, self.signals.received, self.message)
+
+    def _workers(self) -> None:
+        """Keep workers running until no trial waits, however many of them die."""
+        wanted = self.engine.workers if self._open_ended() else self.queue.waiting()
+        self.engine.ensure(self.job, wanted)
+        while self.engine.alive:
+            for event in self.engine.poll(0.2):
+                self._hear(event)
+            for name, code in self.engine.reap():
+                self._bury(name, code)
+            if self._ended():
+                self._stop()
+
+    def _hear(self, event: Event) -> None:
+        self.display.tell(event)
+        if event.kind == "fatal":
+            self.message = event.message
+        elif event.kind == "failed":
+            self.failed.append(f"{event.arm}, seed {event.seed}: {event.message}")
+        elif event.kind == "finished":
+            self._false_starts = 0
+
+    def _bury(self, name: str, code: int) -> None:
+        """A worker has ended: free what it was running and start another where trials wait."""
+        rescued = self.queue.rescue(name)
+        if code != 0 and not self._stopping:
+            how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with code {code}"
+            log = self.layout.state / "logs"
+            again = "; its trial goes on elsewhere" if any(again for _, again in rescued) else ""
+            self.display.say(f"a worker {how}{again} (log in {log})")
+            self._false_starts += not rescued
+        for trial, again in rescued:
+            if not again and not self._stopping:
+                self.failed.append(f"trial {trial}: its worker died three times")
+        if self._false_starts >= MAX_FALSE_STARTS:
+            self.message = f"workers end before they start a trial; see {self.layout.state / 'logs'}"
+        if not self._ended() and (waiting := self.queue.waiting()):
+            self.engine.ensure(self.job, waiting)
+
+    def _stop(self) -> None:
+        """Ask the workers to end, once; a second signal ends them at once."""
+        if self._stopping == 0:
+            self._stopping = 1
+            if self.signals.received:
+                self.display.say("stopping: each worker finishes its step and saves (once more: at once)")
+            self.engine.stop()
+        elif self._stopping == 1 and self.signals.count > 1:
+            self._stopping = 2
+            self.engine.kill()
+
+    def _next_phase(self) -> bool:
+        """Whether there is more to do: evaluation trials whose learning rates are known now."""
+        if self.job.plan.study.tune is None:
+            return False
+        before = len(self.job.plan.trials)
+        plan = _plan(self.job.plan.study, self.layout)
+        self.job = _with_plan(self.job, plan)
+        self.queue = Queue(plan, self.queue.storage)
+        return len(plan.trials) > before
+
+    def _ended(self) -> bool:
+        return self.signals.received is not None or bool(self.message)
+
+    def _open_ended(self) -> bool:
+        return self.job.plan.study.design == "search" and self.job.plan.study.budget.trials is None
+
+    def _done(self) -> int:
+        done = self.layout.done()
+        if self.job.plan.study.design != "search":
+            return sum(t.hash in done for t in self.job.plan.trials)
+        return sum(self._record(name).space == self.job.plan.space for name in done)
+
+    def _record(self, trial: str) -> Record:
+        return load_record(self.layout.record(trial))
+
+
+def _with_plan(job: Job, plan: Plan) -> Job:
+    return Job(
+        plan=plan,
+        root=job.root,
+        data_root=job.data_root,
+        storage=job.storage,
+        tracker=job.tracker,
+        run=job.run,
+        threads=job.threads,
+    )
+
+
+def _data_card(study: Study, data_root: Path) -> dict[str, Any]:
+    """Prepare the corpus once, before any worker needs it; raises ConfigError for one that cannot be used."""
+    from ablate.data.tokens import prepare
+
+    prepared = prepare(study.trial({}).corpus, data_root)
+    return {**prepared.card, "data_hash": prepared.data_hash, "tokenizer_hash": prepared.tokenizer_hash}
+
+
+def _set_aside(layout: Layout, card: dict[str, Any]) -> None:
+    """Move results that were measured on other data out of the way: they cannot be compared with new ones."""
+    plan = load_plan(layout)
+    for name in sorted(layout.done()) if plan else []:
+        record = load_record(layout.record(name))
+        made = (record.provenance.data_hash, record.provenance.tokenizer_hash)
+        if made != (card["data_hash"], card["tokenizer_hash"]):
+            old = layout.state / "superseded" / layout.study / made[0]
+            old.mkdir(parents=True, exist_ok=True)
+            for path in (layout.usage(name), layout.record(name)):
+                if path.exists():
+                    path.replace(old / path.name)
+
+
+@contextmanager
+def _alone(layout: Layout) -> Iterator[None]:
+    """Hold the study's lock; raises ConfigError where another process on this machine runs it."""
+    folder = layout.state / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, owner = FileLock(folder / f"{layout.study}.lock"), folder / f"{layout.study}.pid"
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        pid = owner.read_text().strip() if owner.exists() else "?"
+        raise ConfigError(
+            f"study {layout.study!r} is running already, as process {pid}; wait for it or stop it"
+        ) from None
+    try:
+        owner.write_text(f"{os.getpid()}\n")
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
+
+
+class _Signals:
+    """SIGTERM and Ctrl-C are noted instead of ending this process; installed only where Python allows it."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.count = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        self.count += 1

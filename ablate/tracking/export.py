@@ -1,0 +1,193 @@
+"""`collect`: a study's results as three tables. It reads results/, never MLflow, so the tables need no server."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic_core import from_json
+
+from ablate.config import ConfigError
+from ablate.study.records import PARTIAL, Layout, load_plan
+from ablate.tracking.schema import (
+    BALANCE,
+    COST,
+    FACTOR,
+    HISTORY_SCHEMA,
+    TRIALS_SCHEMA,
+    USAGE_TABLE_SCHEMA,
+)
+
+# Usage rows held in memory before they are written as one row group: some 100 MB.
+ROW_GROUP = 1_000_000
+
+
+def collect(study: str, root: Path) -> Path:
+    """Write tables/<study>/{trials,history,usage}.parquet from results/<study>/; the same results give the same bytes.
+
+    Rows stand in the plan's order (a search's in the order of its trials' hashes). Results of an earlier plan that are
+    no longer part of it are left out.
+
+    Raises:
+        ConfigError: there is no plan or no result yet, or a result file is damaged.
+    """
+    layout = Layout(root, study)
+    plan = load_plan(layout)
+    if plan is None:
+        raise ConfigError(f"study {study!r} has no results: run `ablate study run studies/{study}.yaml` first")
+    order = _order(layout, plan)
+    if not order:
+        raise ConfigError(f"study {study!r} has no finished trial yet: run `ablate study run studies/{study}.yaml` first")
+    keys = list(dict.fromkeys(key for known in order.values() for key in known["factors"]))
+    trials: list[dict[str, Any]] = []
+    history: list[dict[str, Any]] = []
+    for name, known in order.items():
+        record = read(layout.record(name))
+        place = {"study": study, "trial": name, **{key: known[key] for key in ("arm", "kind", "seed")}}
+        trials.append(place | trial_row(record) | _tuned(plan, known) | {FACTOR + k: known["factors"].get(k) for k in keys})
+        history.extend(place | evaluation_row(evaluation) for evaluation in record["history"])
+    layout.tables.mkdir(parents=True, exist_ok=True)
+    schema = TRIALS_SCHEMA | {FACTOR + key: _dtype(row[FACTOR + key] for row in trials) for key in keys}
+    _write(_frame(trials, schema), layout.tables / "trials.parquet")
+    _write(_frame(history, HISTORY_SCHEMA), layout.tables / "history.parquet")
+    _write_usage(layout, order, layout.tables / "usage.parquet")
+    return layout.tables
+
+
+def read(path: Path) -> dict[str, Any]:
+    """One record as plain data (quicker than `load_record`, for thousands); raises ConfigError for a damaged one."""
+    try:
+        data = from_json(path.read_bytes())
+        data["history"], data["cost"], data["provenance"], data["leaves"]  # noqa: B018
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"result {str(path)!r} is damaged: delete it and run the study again") from None
+    return dict(data)
+
+
+def trial_row(record: dict[str, Any]) -> dict[str, Any]:
+    """A record's columns of TRIALS_SCHEMA, apart from its place in the study."""
+    history = record["history"]
+    first, last = history[0], history[-1]
+    leaves, cost, origin = record["leaves"], record["cost"], record["provenance"]
+    n_eff = [e["balance"]["n_eff_frac"] for e in history if "n_eff_frac" in e["balance"]]
+    dead = [e["balance"]["dead_frac"] for e in history if "dead_frac" in e["balance"]]
+    row = {
+        "status": record["status"],
+        "run_id": record["run_id"],
+        "config": json.dumps(record["config"], sort_keys=True, separators=(",", ":")),
+        "lr": record["config"]["train"]["lr"],
+        "bpb": last["bpb"],
+        "bpb_start": first["bpb"],
+        "train_loss": last["train_loss"],
+        "n_eff_frac_start": first["balance"].get("n_eff_frac"),
+        "n_eff_frac_min": min(n_eff, default=None),
+        "dead_frac_start": first["balance"].get("dead_frac"),
+        "dead_frac_max": max(dead, default=None),
+        "leaves_dead_start": _whole(leaves.get("dead_start")),
+        "leaves_dead_end": _whole(leaves.get("dead_end")),
+        "born_dead_frac": leaves.get("born_dead"),
+        "never_alive_frac": leaves.get("never_alive"),
+        "pruned_frac": leaves.get("pruned"),
+        "revived_frac": leaves.get("transient"),
+        "tokens": last["tokens"],
+        "seconds": record["seconds"],
+        "tokens_per_second": record["tokens_per_second"],
+        "versions": json.dumps(origin["versions"], sort_keys=True),
+        "message": record["message"],
+    }
+    row |= {name: last["balance"].get(name) for name in BALANCE}
+    row |= {name: cost[name] for name in COST}
+    names = ("git_commit", "git_dirty", "data_hash", "tokenizer_hash", "machine", "threads", "device", "route_table")
+    return row | {name: origin[name] for name in names}
+
+
+def evaluation_row(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """An evaluation's columns of HISTORY_SCHEMA."""
+    row = {name: evaluation[name] for name in ("step", "tokens", "bpb", "train_loss", "lr")}
+    return row | {"train_seconds": evaluation["seconds"]} | {name: evaluation["balance"].get(name) for name in BALANCE}
+
+
+def _order(layout: Layout, plan: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Trials that are done and belong to the plan, in its order: hash to arm, kind, seed and factors."""
+    done = layout.done()
+    if plan["design"] != "search":
+        return {t["trial"]: t for t in plan["trials"] if t["trial"] in done}
+    order = {}
+    for name in sorted(done):
+        record = read(layout.record(name))
+        if record["space"] == plan["space"]:
+            order[name] = {key: record[key] for key in ("arm", "kind", "seed", "factors")}
+    return order
+
+
+def _tuned(plan: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
+    found = plan["tuned"].get(known["arm"]) if known["kind"] != "tune" else None
+    return {"lr_at_edge": found["at_edge"] if found else None}
+
+
+def _whole(value: float | None) -> int | None:
+    return None if value is None else round(value)
+
+
+def _dtype(values: Iterable[Any]) -> pl.DataType:
+    """The type that a factor's values share; text where they share none."""
+    kinds = {type(v) for v in values if v is not None}
+    if kinds == {bool}:
+        return pl.Boolean()
+    if kinds == {int}:
+        return pl.Int64()
+    return pl.Float64() if kinds and kinds <= {int, float} else pl.String()
+
+
+def _frame(rows: list[dict[str, Any]], schema: dict[str, pl.DataType]) -> pl.DataFrame:
+    columns = {}
+    for name, dtype in schema.items():
+        values = [row[name] for row in rows]
+        if name.startswith(FACTOR) and dtype == pl.String():
+            values = [None if v is None else str(v) for v in values]
+        columns[name] = pl.Series(name, values, dtype=dtype, strict=False)
+    return pl.DataFrame(columns)
+
+
+def _write(frame: pl.DataFrame, path: Path) -> None:
+    partial = path.with_name(f".{path.name}{PARTIAL}")
+    frame.write_parquet(partial, compression="zstd")
+    partial.replace(path)
+
+
+def _write_usage(layout: Layout, order: dict[str, dict[str, Any]], path: Path) -> None:
+    """Stream every trial's usage into one table, a bounded number of rows in memory at a time."""
+    schema = pl.DataFrame(schema=USAGE_TABLE_SCHEMA).to_arrow(compat_level=pl.CompatLevel.oldest()).schema
+    partial = path.with_name(f".{path.name}{PARTIAL}")
+    with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+        for group in _usage_groups(layout, order, schema):
+            writer.write_table(group, row_group_size=len(group))
+    partial.replace(path)
+
+
+def _usage_groups(layout: Layout, order: dict[str, dict[str, Any]], schema: pa.Schema) -> Iterator[pa.Table]:
+    waiting: list[pl.DataFrame] = []
+    rows = 0
+    for name, known in order.items():
+        path = layout.usage(name)
+        if not path.exists():
+            continue
+        frame = pl.read_parquet(path)
+        place = {"study": layout.study, "trial": name, "arm": known["arm"], "seed": known["seed"]}
+        frame = frame.with_columns(pl.lit(value, USAGE_TABLE_SCHEMA[key]).alias(key) for key, value in place.items())
+        waiting.append(frame.select(list(USAGE_TABLE_SCHEMA)))
+        rows += len(frame)
+        if rows >= ROW_GROUP:
+            yield _arrow(waiting, schema)
+            waiting, rows = [], 0
+    if rows:
+        yield _arrow(waiting, schema)
+
+
+def _arrow(frames: list[pl.DataFrame], schema: pa.Schema) -> pa.Table:
+    return pl.concat(frames).to_arrow(compat_level=pl.CompatLevel.oldest()).cast(schema)

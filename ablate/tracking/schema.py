@@ -1,0 +1,116 @@
+"""Every metric, parameter and tag name of MLflow's runs and every column of the exported tables, once."""
+
+from __future__ import annotations
+
+import polars as pl
+
+from ablate.balance.usage import USAGE_SCHEMA
+
+# Tags of MLflow runs. `mlflow.*` are MLflow's own.
+PARENT_RUN = "mlflow.parentRunId"
+RUN_NAME = "mlflow.runName"
+NOTE = "mlflow.note.content"
+STUDY = "ablate.study"
+SPACE = "ablate.space"
+ROLE = "ablate.role"  # study or trial
+TRIAL = "ablate.trial"  # the trial's hash
+ARM = "ablate.arm"
+KIND = "ablate.kind"
+SEED = "ablate.seed"
+STATUS = "ablate.status"  # finished, diverged, pruned, killed or failed: more than MLflow's own states say
+MESSAGE = "ablate.message"
+PLAN_HASH = "ablate.plan_hash"
+DESIGN = "ablate.design"
+GIT_COMMIT = "ablate.git_commit"
+GIT_DIRTY = "ablate.git_dirty"
+DATA_HASH = "ablate.data_hash"
+TOKENIZER_HASH = "ablate.tokenizer_hash"
+MACHINE = "ablate.machine"
+DEVICE = "ablate.device"
+THREADS = "ablate.threads"
+
+# Metrics at each evaluation, beside the balance metrics of BALANCE and `layer<i>/<name>`.
+BPB = "bpb"
+TRAIN_LOSS = "train_loss"
+LR = "lr"
+TOKENS = "tokens"
+TRAIN_SECONDS = "train_seconds"
+# Metrics once, at the end.
+TOKENS_PER_SECOND = "tokens_per_second"
+SECONDS = "seconds"
+COST = ("total_params", "active_params", "total_units", "active_units", "active_frac", "flops_per_token")
+
+# Balance metrics with a mean over trees and layers and a worst tree; balance.metrics.summary computes them.
+WITH_WORST = ("n_eff_frac", "dead_frac", "never_hit", "max_vio", "gini", "bits_lost", "branch_imbalance")
+FLAGS = ("collapse", "n_eff_resolved", "dead_resolved")
+BALANCE = tuple(name + end for name in WITH_WORST for end in ("", "_worst")) + FLAGS
+
+FACTOR = "factor."  # prefix of one column (or parameter) a factor
+
+_KEYS = {
+    "study": pl.String(),
+    "trial": pl.String(),  # hash of the configuration
+    "arm": pl.String(),
+    "kind": pl.String(),  # arm, control, tune or search
+    "seed": pl.Int64(),
+}
+
+TRIALS_SCHEMA: dict[str, pl.DataType] = {
+    **_KEYS,
+    "status": pl.String(),  # finished, diverged or pruned
+    "run_id": pl.String(),  # null where the tracking server was away when the trial ended
+    "config": pl.String(),  # the whole Trial as JSON
+    "lr": pl.Float64(),
+    "lr_at_edge": pl.Boolean(),  # tuned and the best of its values was the smallest or largest; null where not tuned
+    "bpb": pl.Float64(),  # at the end; null where it diverged
+    "bpb_start": pl.Float64(),
+    "train_loss": pl.Float64(),  # nats a token, mean since the evaluation before the last
+    # Balance at the end, on the held-out slice; null without a tree, and where the trial diverged.
+    **{name: pl.Float64() for name in BALANCE},
+    "n_eff_frac_start": pl.Float64(),
+    "n_eff_frac_min": pl.Float64(),  # worst evaluation of the run
+    "dead_frac_start": pl.Float64(),
+    "dead_frac_max": pl.Float64(),  # worst evaluation of the run
+    "leaves_dead_start": pl.Int64(),  # over all layers and trees
+    "leaves_dead_end": pl.Int64(),
+    "born_dead_frac": pl.Float64(),  # dead at step 0, share of all leaves
+    "never_alive_frac": pl.Float64(),  # dead at every evaluation
+    "pruned_frac": pl.Float64(),  # alive at step 0, died and stayed dead
+    "revived_frac": pl.Float64(),  # alive at step 0, died and alive again at the end: transient collapse
+    **{name: pl.Float64() if name == "active_frac" else pl.Int64() for name in COST},
+    "tokens": pl.Int64(),  # training tokens seen
+    "seconds": pl.Float64(),  # wall time of the trial's last attempt
+    "tokens_per_second": pl.Float64(),
+    "git_commit": pl.String(),
+    "git_dirty": pl.Boolean(),
+    "data_hash": pl.String(),
+    "tokenizer_hash": pl.String(),
+    "machine": pl.String(),
+    "threads": pl.Int64(),
+    "device": pl.String(),
+    "route_table": pl.String(),
+    "versions": pl.String(),  # JSON
+    "message": pl.String(),
+}
+"""trials.parquet, one row a trial; one column `factor.<dotted>` more for each factor, typed as its values."""
+
+HISTORY_SCHEMA: dict[str, pl.DataType] = {
+    **_KEYS,
+    "step": pl.Int64(),
+    "tokens": pl.Int64(),
+    "bpb": pl.Float64(),
+    "train_loss": pl.Float64(),
+    "lr": pl.Float64(),
+    "train_seconds": pl.Float64(),
+    **{name: pl.Float64() for name in BALANCE},
+}
+"""history.parquet, one row an evaluation."""
+
+USAGE_TABLE_SCHEMA: dict[str, pl.DataType] = {
+    "study": pl.String(),
+    "trial": pl.String(),
+    "arm": pl.String(),
+    "seed": pl.Int64(),
+    **USAGE_SCHEMA,
+}
+"""usage.parquet, one row a tree position, evaluation and trial."""
