@@ -143,13 +143,14 @@ class TokenData(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Batches of micro-steps start_step … steps - 1 of this process."""
-        return DataLoader(_TrainBatches(self, *self._place()), batch_size=None, num_workers=0)
+        # A generator of its own: a loader draws a seed when iterated, and must not advance the run's random state.
+        return DataLoader(_TrainBatches(self, *self._place()), batch_size=None, generator=torch.Generator())
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """This process's part of the evaluation slice, in the order of the text."""
         rank, world_size = self._place()
         windows = self.probe_windows[rank::world_size]
-        return DataLoader(_ValidationBatches(windows, self.eval_batch_size), batch_size=None, num_workers=0)
+        return DataLoader(_ValidationBatches(windows, self.eval_batch_size), batch_size=None, generator=torch.Generator())
 
     def _place(self) -> tuple[int, int]:
         if self._rank is not None and self._world_size is not None:

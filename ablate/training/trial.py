@@ -19,12 +19,14 @@ from ablate.data.module import TokenData
 from ablate.data.tokens import Prepared, prepare
 from ablate.model.counts import count
 from ablate.training.callbacks import LAST, USAGE_PARTS, Evaluator, calibration_windows
-from ablate.training.checkpoint import save_model
+from ablate.training.checkpoint import read_checkpoint, save_model
 from ablate.training.module import LanguageModel
 from ablate.training.result import Observer, Provenance, TrialResult
 
 USAGE = "usage.parquet"
+TREES = "trees.parquet"
 MODEL = "model.pt"
+EVAL_BATCH_TOKENS = 4096
 
 
 def run_trial(
@@ -36,7 +38,7 @@ def run_trial(
     threads: int | None = None,
     resume: bool = True,
 ) -> TrialResult:
-    """Train and evaluate `trial`; usage.parquet (and model.pt, if kept) are written to `folder`.
+    """Train and evaluate `trial`; usage.parquet and trees.parquet (and model.pt, if kept) are written to `folder`.
 
     With `resume`, a `last.ckpt` in `folder` is continued: on a CPU with the same threads the result equals that of an
     uninterrupted run bit for bit. Status is finished, diverged, pruned or killed (asked to stop; `last.ckpt` is written).
@@ -62,8 +64,9 @@ def run_trial(
         batch_size=trial.train.batch_size // trial.train.accumulate // trial.train.devices,
         data_seed=trial.data_seed,
         steps=trial.train.steps * trial.train.accumulate,
-        start_step=0,
+        start_step=read_checkpoint(last)["global_step"] * trial.train.accumulate if resuming else 0,
         eval_tokens=trial.train.eval_tokens,
+        eval_batch_size=max(1, EVAL_BATCH_TOKENS // trial.model.context),
     )
     evaluator = Evaluator(trial, prepared, folder, observer)
     trainer = _trainer(trial, evaluator, folder)
@@ -114,9 +117,10 @@ def _trainer(trial: Trial, evaluator: Evaluator, folder: Path) -> pl.Trainer:
 
 
 def _write_usage(evaluator: Evaluator, folder: Path) -> None:
-    partial = folder / f".{USAGE}.partial"
-    evaluator.usage().write_parquet(partial)
-    partial.replace(folder / USAGE)
+    for name, table in ((USAGE, evaluator.usage()), (TREES, evaluator.trees())):
+        partial = folder / f".{name}.partial"
+        table.write_parquet(partial)
+        partial.replace(folder / name)
     shutil.rmtree(folder / USAGE_PARTS, ignore_errors=True)
 
 
