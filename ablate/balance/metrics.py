@@ -7,6 +7,7 @@ A tree that saw no token has no balance: every share-based metric is NaN there. 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -307,45 +308,58 @@ def collapse(lost: ArrayLike) -> Bools:
 
 
 def ceiling(responses: ArrayLike) -> float:
-    """N_eff / L that this data allows one tree: thresholds reset to medians on half the tokens, measured on the other.
-
-    `responses` [N, M] are the tree's node responses z, every node for every token, heap order. From the root down, each
-    threshold is put where it halves the tokens (first half of the rows) that reach the node; the second half is routed
-    by those thresholds. Rows should be in the order of the text, so that the halves are different documents. One very
-    frequent token cannot be split, which is what keeps this under 1. Needs N >= 2, else ValueError.
-    """
+    """N_eff / L that this data allows one tree, from all node responses z [N, M] in heap order; see `ceiling_by`."""
     z = np.asarray(responses, dtype=np.float64)
-    if z.ndim != 2 or len(z) < 2:
-        raise ValueError(f"responses have shape {z.shape}: [N >= 2, M] is expected")
-    leaves = z.shape[1] + 1
-    depth = depth_of(leaves)
-    half = len(z) // 2
-    fit, held = z[:half], z[half:]
-    at_fit, at_held = np.zeros(len(fit), dtype=np.int64), np.zeros(len(held), dtype=np.int64)
-    for d in range(depth):
-        first = (1 << d) - 1
-        thresholds = np.zeros(1 << d)
-        order = np.argsort(at_fit, kind="stable")
-        bounds = np.searchsorted(at_fit[order], np.arange(first, first + (1 << d) + 1))
-        for i in range(1 << d):
-            tokens = order[bounds[i] : bounds[i + 1]]
-            if len(tokens):
-                thresholds[i] = _halving_threshold(fit[tokens, first + i])
-        for z_side, at in ((fit, at_fit), (held, at_held)):
-            right = z_side[np.arange(len(at)), at] > thresholds[at - first]
-            at[:] = 2 * at + 1 + right
-    return float(n_eff_frac(leaf_counts(at_held - (leaves - 1), leaves)))
+    if z.ndim != 2:
+        raise ValueError(f"responses have shape {z.shape}: [N, M] is expected")
+    tokens = np.arange(len(z))
+    return ceiling_by(lambda nodes: z[tokens, nodes], len(z), depth_of(z.shape[1] + 1))
 
 
-def _halving_threshold(z: Floats) -> float:
-    """t for which the tokens with z > t are nearest to half; ties (one frequent token) cannot be split."""
-    z = np.sort(z)
-    middle = z[(len(z) - 1) // 2]
-    below, above = int(np.searchsorted(z, middle, "left")), int(np.searchsorted(z, middle, "right"))
-    cut = above if abs(2 * above - len(z)) <= abs(2 * below - len(z)) else below
-    if cut == 0 or cut == len(z):
-        return float(z[0] - 1.0 if cut == 0 else z[-1])
-    return float(z[cut - 1] + (z[cut] - z[cut - 1]) / 2)
+def ceiling_by(response: Callable[[Ints], Floats], tokens: int, depth: int) -> float:
+    """N_eff / L after thresholds are reset to medians on half the tokens, measured on the other half.
+
+    `response` takes one node [N] (heap index) for each token and gives its z [N]. From the root down, each threshold
+    is put where it halves those of the first N // 2 tokens that reach the node; the rest are routed by it. Tokens
+    should stand in the order of the text, so that the halves are different documents. A very frequent token cannot be
+    split, which is what keeps this under 1. Raises ValueError for fewer than 2 tokens.
+    """
+    if tokens < 2:
+        raise ValueError(f"{tokens} tokens: at least 2 are needed, one for each half")
+    half = tokens // 2
+    at = np.zeros(tokens, dtype=np.int64)
+    for level in range(depth):
+        first = (1 << level) - 1
+        z = np.asarray(response(at), dtype=np.float64)
+        thresholds = _halving_thresholds(at[:half] - first, z[:half], 1 << level)
+        at = 2 * at + 1 + (z > thresholds[at - first])
+    leaves = 1 << depth
+    return float(n_eff_frac(leaf_counts(at[half:] - (leaves - 1), leaves)))
+
+
+def _halving_thresholds(group: Ints, z: Floats, groups: int) -> Floats:
+    """For each group the t above which half its values lie, as nearly as equal values allow; 0 where empty."""
+    order = np.lexsort((z, group))
+    group, z = group[order], z[order]
+    thresholds = np.zeros(groups)
+    if not len(z):
+        return thresholds
+    new_run = np.concatenate([[True], (np.diff(z) != 0) | (np.diff(group) != 0)])
+    run_start = np.flatnonzero(new_run)
+    run_end = np.concatenate([run_start[1:], [len(z)]])
+    sizes = np.bincount(group, minlength=groups)
+    starts = np.cumsum(sizes) - sizes
+    used = np.flatnonzero(sizes)
+    start, end = starts[used], starts[used] + sizes[used]
+    # The run of equal values in the middle goes to the side that leaves the halves nearer to each other.
+    run = (np.cumsum(new_run) - 1)[start + (sizes[used] - 1) // 2]
+    below, above = run_start[run], run_end[run]
+    cut = np.where(np.abs(2 * above - start - end) <= np.abs(2 * below - start - end), above, below)
+    under, over = z[np.maximum(cut - 1, start)], z[np.minimum(cut, end - 1)]
+    middle = under + (over - under) / 2
+    # Where all values are equal the cut is at an end: a threshold at the value keeps them left, one under it right.
+    thresholds[used] = np.where(cut == start, np.nextafter(under, -np.inf), np.where(middle < over, middle, under))
+    return thresholds
 
 
 class Resolution(NamedTuple):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import polars as pl
 from numpy.typing import ArrayLike, NDArray
 
-from ablate.balance.metrics import depth_of, node_counts
+from ablate.balance.metrics import depth_of, node_counts, saturation
 
 Window = Literal["held_out", "train"]
 
@@ -21,10 +23,27 @@ USAGE_SCHEMA: dict[str, pl.DataType] = {
     "index": pl.Int32(),  # position within the level, left to right
     "count": pl.Int64(),  # tokens that reached it
     "skew": pl.Float32(),  # gradient skew of a node; null below 30 tokens a side, for leaves and for window train
-    "offset": pl.Float32(),  # router offset of a node: abs(mean(z - t)) / sd(z); null likewise
+    "offset": pl.Float32(),  # router offset of a node: abs(mean(z - t)) / sd(z); null where under 30 tokens reach it
     "in_norm": pl.Float32(),  # L2 norm of the position's w_in rows
     "out_norm": pl.Float32(),  # same for w_out; null where nodes have none
 }
+
+TREES_SCHEMA: dict[str, pl.DataType] = {
+    "step": pl.Int32(),
+    "layer": pl.Int16(),
+    "tree": pl.Int16(),
+    "flip_rate": pl.Float32(),  # against the evaluation before; null at the first
+    "saturation": pl.Float32(),  # chance-corrected agreement with the last evaluation
+    "informativeness": pl.Float32(),
+    "informativeness_shuffled": pl.Float32(),
+    "ceiling": pl.Float32(),  # n_eff_frac that median thresholds would give on this data
+    "path_asymmetry": pl.Float32(),  # G on the layer's actual z
+    "grad_skew": pl.Float32(),  # mean over nodes, by traffic
+    "router_offset": pl.Float32(),  # mean over nodes, by traffic
+    "in_norm_dead": pl.Float32(),  # mean norm of the w_in rows of dead leaves
+    "in_norm_alive": pl.Float32(),
+}
+"""The tree table: one row per evaluation, layer and tree, from the fixed probe tokens."""
 
 
 def rows(
@@ -62,6 +81,69 @@ def rows(
     return pl.DataFrame(columns, schema=USAGE_SCHEMA, strict=False).with_columns(
         pl.col("skew", "offset", "in_norm", "out_norm").fill_nan(None)
     )
+
+
+def tree_rows(step: int, values: Mapping[str, NDArray[np.float64]]) -> pl.DataFrame:
+    """One evaluation as rows of TREES_SCHEMA, from arrays [layers, K] by column; null for NaN and what is not given."""
+    layers, trees = next(iter(values.values())).shape
+    layer, tree = np.indices((layers, trees)).reshape(2, -1)
+    columns: dict[str, Any] = {"step": np.full(layer.size, step), "layer": layer, "tree": tree}
+    columns |= {name: values[name].ravel() if name in values else None for name in TREES_SCHEMA if name not in columns}
+    frame = pl.DataFrame(columns, schema=TREES_SCHEMA, strict=False)
+    return frame.with_columns(pl.col(pl.Float32).fill_nan(None))
+
+
+def with_saturation(frame: pl.DataFrame, leaves: Mapping[int, NDArray[np.integer[Any]]], width: int) -> pl.DataFrame:
+    """The tree table with `saturation` filled in: agreement with the last step's leaves, by step int [layers, K, P].
+
+    `width` is L.
+    """
+    last = leaves[max(leaves)]
+    parts = [tree_rows(step, {"saturation": saturation(taken, last, width)}) for step, taken in leaves.items()]
+    filled = pl.concat(parts).select("step", "layer", "tree", "saturation")
+    return frame.drop("saturation").join(filled, on=["step", "layer", "tree"], how="left").select(list(TREES_SCHEMA))
+
+
+class UsageParts:
+    """A running trial's tables on disk, a part per evaluation, so that an interrupted run loses none."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def write(self, step: int, usage: pl.DataFrame, trees: pl.DataFrame, leaves: NDArray[np.int16]) -> None:
+        """Keep one evaluation: rows of both tables and the probe tokens' leaves [layers, K, P]."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for kind, save in (
+            ("usage.parquet", usage.write_parquet),
+            ("trees.parquet", trees.write_parquet),
+            ("leaves.npy", lambda file: np.save(file, leaves)),
+        ):
+            partial = self.folder / f".{step:08d}.{kind}.partial"
+            with partial.open("wb") as file:
+                save(file)
+            partial.replace(self._part(step, kind))
+
+    def usage(self, steps: Sequence[int]) -> pl.DataFrame:
+        """The usage table of these evaluations; empty where a model has no trees."""
+        return self._table(steps, "usage.parquet", USAGE_SCHEMA)
+
+    def trees(self, steps: Sequence[int], width: int) -> pl.DataFrame:
+        """The tree table of these evaluations, saturation against the last of them included; `width` is L."""
+        table = self._table(steps, "trees.parquet", TREES_SCHEMA)
+        leaves = {step: taken for step in steps if (taken := self.leaves(step)) is not None}
+        return with_saturation(table, leaves, width) if leaves else table
+
+    def leaves(self, step: int) -> NDArray[np.int16] | None:
+        """The probe tokens' leaves at an evaluation; None where it kept none."""
+        part = self._part(step, "leaves.npy")
+        return np.load(part) if part.exists() else None
+
+    def _table(self, steps: Sequence[int], kind: str, schema: dict[str, pl.DataType]) -> pl.DataFrame:
+        parts = [self._part(step, kind) for step in steps]
+        return pl.concat([pl.DataFrame(schema=schema), *(pl.read_parquet(part) for part in parts if part.exists())])
+
+    def _part(self, step: int, kind: str) -> Path:
+        return self.folder / f"{step:08d}.{kind}"
 
 
 def counts_from(frame: pl.DataFrame, window: Window = "held_out") -> NDArray[np.int64]:

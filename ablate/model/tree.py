@@ -88,6 +88,7 @@ class TreeFeedForward(nn.Module):
         self.last_leaves: Tensor | None = None
         self.last_responses: Tensor | None = None
         self.last_thresholds: Tensor | None = None
+        self.last_decisions: Tensor | None = None  # z of the nodes that decided, [N, K, D]
         self.last_load_loss: Tensor | None = None
         self._router_z = torch.empty(0)  # a frozen router's node responses on the path, [N, K, D]
         self.reset_parameters()
@@ -143,6 +144,8 @@ class TreeFeedForward(nn.Module):
             node_backward=self.tree.node_backward,
         )
         self.last_leaves, self.last_responses, self.last_thresholds = taken, responses, thresholds
+        tied = self.router_w is None or self.spec.depth == 0
+        self.last_decisions = responses[..., : self.spec.depth] if tied else self._router_z
         if self.training and not _recomputing():
             self._observe(x, taken, responses)
         return y

@@ -13,8 +13,8 @@ import polars as pl_frames
 import torch
 from torch import Tensor
 
-from ablate.balance import metrics
 from ablate.balance.probe import Probe
+from ablate.balance.usage import UsageParts
 from ablate.config import Trial, learning_rate
 from ablate.data.tokens import Prepared
 from ablate.evaluation.bits_per_byte import bits_per_byte
@@ -35,17 +35,24 @@ class Evaluator(pl.Callback):
         self.status: Status = "finished"
         self.message = ""
         self._probe = Probe()
+        self._parts = UsageParts(folder / USAGE_PARTS)
+        self._training_counts: Tensor | None = None
         self._seconds, self._since, self._step = 0.0, time.perf_counter(), 0
 
     def state_dict(self) -> dict[str, Any]:
-        """History and clock, as plain text so that checkpoints load with weights_only."""
+        """History, clock and counts, as text and tensors so that checkpoints load with weights_only."""
         history = [e.model_dump(mode="json") for e in self.history]
-        return {"history": json.dumps(history), "seconds": self._seconds + time.perf_counter() - self._since}
+        return {
+            "history": json.dumps(history),
+            "seconds": self._seconds + time.perf_counter() - self._since,
+            "training_counts": self._probe.training_counts(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the history of an interrupted run."""
         self.history = [Evaluation.model_validate(e) for e in json.loads(state_dict["history"])]
         self._seconds = state_dict["seconds"]
+        self._training_counts = state_dict["training_counts"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Evaluate the untrained model, unless this run goes on from a checkpoint."""
@@ -54,12 +61,15 @@ class Evaluator(pl.Callback):
         self._probe.attach(pl_module.model)
         if not self.history:
             self._evaluate(trainer, pl_module)
+        else:
+            self._probe.resume(self._parts.leaves(self.history[-1].step), self._training_counts)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """After an optimizer step: look for divergence, evaluate and save when due, stop when asked."""
         assert isinstance(pl_module, LanguageModel)
+        self._probe.watch_training()
         if trainer.global_step == self._step:
             return
         self._step = step = trainer.global_step
@@ -80,8 +90,11 @@ class Evaluator(pl.Callback):
 
     def usage(self) -> pl_frames.DataFrame:
         """The usage table of every evaluation in the history."""
-        parts = [pl_frames.read_parquet(self._part(e.step)) for e in self.history if self._part(e.step).exists()]
-        return pl_frames.concat(parts) if parts else self._probe.empty()
+        return self._parts.usage([e.step for e in self.history])
+
+    def trees(self) -> pl_frames.DataFrame:
+        """The tree table of every evaluation in the history."""
+        return self._parts.trees([e.step for e in self.history], self.trial.tree.leaves)
 
     def _evaluate(self, trainer: pl.Trainer, module: LanguageModel, *, lost: bool = False) -> None:
         """One evaluation; `lost` records a diverged model without running it."""
@@ -96,8 +109,9 @@ class Evaluator(pl.Callback):
                 self._stop(trainer, "diverged", f"the held-out loss was not finite at step {step}")
                 bpb = None
             if module.model.trees():
-                balance = metrics.summary(self._probe.counts())
-                self._write_part(step, self._probe.rows(step))
+                balance = self._probe.summary()
+                if trainer.is_global_zero:
+                    self._parts.write(step, self._probe.rows(step), self._probe.tree_rows(step), self._probe.leaves)
         evaluation = Evaluation(
             step=step,
             tokens=step * train.batch_size * self.trial.model.context,
@@ -122,15 +136,6 @@ class Evaluator(pl.Callback):
         trainer.save_checkpoint(partial)
         if trainer.is_global_zero:
             partial.replace(self.folder / LAST)
-
-    def _part(self, step: int) -> Path:
-        return self.folder / USAGE_PARTS / f"{step:08d}.parquet"
-
-    def _write_part(self, step: int, rows: pl_frames.DataFrame) -> None:
-        part = self._part(step)
-        part.parent.mkdir(parents=True, exist_ok=True)
-        rows.write_parquet(part.with_suffix(".partial"))
-        part.with_suffix(".partial").replace(part)
 
 
 def _finite(value: float | None) -> float | None:
