@@ -73,6 +73,8 @@ class BytePairCodec:
                 f"{where} is not byte-level: bits per byte needs the bytes behind every token, "
                 "so a ByteLevel decoder and all 256 bytes in its vocabulary"
             )
+        if tokenizer.normalizer is not None:
+            raise ConfigError(f"{where} has a normalizer, which changes text before it is counted: remove it")
         if max(vocab.values()) > LARGEST_ID:
             raise ConfigError(f"{where} has token id {max(vocab.values())}: ids up to {LARGEST_ID} fit a vocabulary")
         tokenizer.no_truncation()

@@ -236,7 +236,8 @@ def _parquet_documents(name: str, path: Path, field: str) -> Iterator[Document]:
     from datasets import load_dataset  # type: ignore[import-untyped]
 
     try:
-        schema = pl.read_parquet_schema(path)
+        with path.open("rb") as file:  # a path would be taken for a pattern
+            schema = pl.read_parquet_schema(file)
     except (pl.exceptions.PolarsError, OSError) as error:
         raise ConfigError(f"corpus: {str(path)!r} is not a parquet file: {_first_line(error)}") from None
     if schema.get(field) != pl.String:

@@ -150,7 +150,9 @@ class TokenData(LightningDataModule):
         """This process's part of the evaluation slice, in the order of the text."""
         rank, world_size = self._place()
         windows = self.probe_windows[rank::world_size]
-        return DataLoader(_ValidationBatches(windows, self.eval_batch_size), batch_size=None, generator=torch.Generator())
+        return DataLoader(
+            _ValidationBatches(windows, self.eval_batch_size), batch_size=None, generator=torch.Generator()
+        )
 
     def _place(self) -> tuple[int, int]:
         if self._rank is not None and self._world_size is not None:

@@ -83,11 +83,11 @@ class Prepared:
 
     def documents(self) -> pl.LazyFrame:
         """One row a document in the order of the streams: id, split, name, bytes, tokens (end mark not counted)."""
-        return pl.scan_parquet(self.folder / "documents.parquet")
+        return pl.scan_parquet(self.folder / "documents.parquet", glob=False)
 
     def held_out(self, split: Literal["validation", "test"]) -> pl.DataFrame:
         """id, name and text of the documents of a held-out split."""
-        table = pl.scan_parquet(self.folder / "held_out.parquet").filter(pl.col("split") == split)
+        table = pl.scan_parquet(self.folder / "held_out.parquet", glob=False).filter(pl.col("split") == split)
         return table.select("id", "name", "text").collect()
 
 
@@ -295,7 +295,7 @@ def _collect(corpus: Corpus, cache: Path, work: Path, progress: Progress) -> _Co
     for split in ("train", "validation"):
         if not found.documents[split]:
             raise ConfigError(
-                f"corpus has {len(seen)} documents, none of them in {split} "
+                f"corpus has {len(seen)} document(s), none of them in {split} "
                 f"(validation_share is {corpus.validation_share}): give it more documents or another share"
             )
     found.data_hash = order.hexdigest()[:16]
@@ -311,7 +311,9 @@ def _codec(corpus: Corpus, collected: _Collected, progress: Progress) -> codecs.
     def train_texts() -> Iterator[list[str]]:
         done, total = 0, collected.bytes["train"]
         for part in collected.parts:
-            table = pl.read_parquet(part, columns=["split", "text", "bytes"]).filter(pl.col("split") == "train")
+            table = pl.read_parquet(part, glob=False, columns=["split", "text", "bytes"]).filter(
+                pl.col("split") == "train"
+            )
             yield table["text"].to_list()
             done += int(table["bytes"].sum())
             progress("train tokenizer", done, total)
@@ -336,7 +338,7 @@ def _pack(
     tables = []
     try:
         for number, part in enumerate(collected.parts):
-            table = pl.read_parquet(part)
+            table = pl.read_parquet(part, glob=False)
             counts: list[int] = []
             for batch in _batches(table):
                 for row, ids in zip(
@@ -345,8 +347,8 @@ def _pack(
                     if int(codec.token_bytes[ids].sum()) != row["bytes"]:
                         raise ConfigError(
                             f"corpus.tokenizer_file changes text: the tokens of {row['name']!r} stand for "
-                            f"{int(codec.token_bytes[ids].sum())} bytes of {row['bytes']}; remove its normalizer, "
-                            "its prefix space and tokens that swallow blanks"
+                            f"{int(codec.token_bytes[ids].sum())} bytes of {row['bytes']}; remove its "
+                            "prefix space and tokens that swallow blanks"
                         )
                     handles[row["split"]].write(ids.astype(dtype).tobytes())
                     handles[row["split"]].write(np.array([codec.end_id], dtype).tobytes())
@@ -361,8 +363,12 @@ def _pack(
     finally:
         for handle in handles.values():
             handle.close()
-    pl.scan_parquet(tables).sink_parquet(out / "documents.parquet")
-    texts = pl.scan_parquet(collected.parts).filter(pl.col("split") != "train").select("id", "split", "name", "text")
+    pl.scan_parquet(tables, glob=False).sink_parquet(out / "documents.parquet")
+    texts = (
+        pl.scan_parquet(collected.parts, glob=False)
+        .filter(pl.col("split") != "train")
+        .select("id", "split", "name", "text")
+    )
     texts.sink_parquet(out / "held_out.parquet")
     return streams, tokens
 
