@@ -47,6 +47,12 @@ def outcomes(tables: Tables) -> pl.DataFrame:
     """
     frame = tables.evaluation().filter(pl.col("status").is_in(["finished", "diverged"]))
     lost = pl.col("status") == "diverged"
+    last = [c for c in ("n_eff_frac", "dead_frac", "bits_lost", "collapse") if c in tables.history.columns]
+    known = tables.history.sort("trial", "step").group_by("trial").agg(pl.col(c).drop_nulls().last() for c in last)
+    frame = frame.join(known, on="trial", how="left", suffix="_last", maintain_order="left")
+    frame = frame.with_columns(
+        pl.when(lost).then(pl.coalesce(c, f"{c}_last")).otherwise(pl.col(c)).alias(c) for c in last
+    ).drop(f"{c}_last" for c in last)
     return frame.with_columns(bpb=pl.when(lost).then(pl.col("bpb_start")).otherwise(pl.col("bpb")))
 
 
@@ -54,7 +60,7 @@ def exclusions(tables: Tables) -> list[dict[str, Any]]:
     """Every run that is left out of the comparisons, or kept although it failed, with the reason."""
     rows = []
     for r in tables.trials.filter(pl.col("status") != "finished").iter_rows(named=True):
-        kept = r["status"] == "diverged" and r["kind"] in {"arm", "control"}
+        kept = r["status"] == "diverged" and r["kind"] != "tune"
         reason = {
             "diverged": "diverged; kept, with the bpb of the untrained model" if kept else "diverged",
             "pruned": "stopped early by the pruner",
@@ -105,8 +111,9 @@ def _same(a: Any, b: Any) -> bool:
 def labels(tables: Tables) -> dict[str, str]:
     """Short reading names of all arms: the levels of the factors that vary; an arm's own name where that says more."""
     out: dict[str, str] = {}
+    factors = tables.factors
     text_levels: dict[str, int] = {}
-    for f in tables.factors:
+    for f in factors:
         for v in tables.trials[FACTOR + f].drop_nulls().unique().to_list():
             if isinstance(v, str):
                 text_levels[v] = text_levels.get(v, 0) + 1
@@ -118,10 +125,10 @@ def labels(tables: Tables) -> dict[str, str]:
                 "dense_active": "dense, equal active units",
                 "dense_none": "no feed-forward",
             }.get(arm, arm)
-        elif arm == "reference" or arm in tables.study.arms or row["kind"] == "search" or not tables.factors:
+        elif arm == "reference" or arm in tables.study.arms or row["kind"] == "search" or not factors:
             out[arm] = arm
         else:
-            out[arm] = ", ".join(_level(f, row[FACTOR + f], text_levels) for f in tables.factors)
+            out[arm] = ", ".join(_level(f, row[FACTOR + f], text_levels) for f in factors)
     counts: dict[str, int] = {}
     for label in out.values():
         counts[label] = counts.get(label, 0) + 1
@@ -155,12 +162,12 @@ def order(tables: Tables) -> list[str]:
     reference = reference_arm(tables)
     first = tables.evaluation().unique("arm", keep="first", maintain_order=True)
     rows = list(first.iter_rows(named=True))
+    factors, named = tables.factors, list(tables.study.arms)
 
     def key(row: dict[str, Any]) -> tuple[Any, ...]:
         arm = str(row["arm"])
-        named = list(tables.study.arms)
         group = 0 if arm == reference else 3 if row["kind"] == "control" else 2 if arm in named else 1
-        ranks = tuple(_rank(tables, f, row[FACTOR + f]) for f in tables.factors) if group == 1 else ()
+        ranks = tuple(_rank(tables, f, row[FACTOR + f]) for f in factors) if group == 1 else ()
         return group, named.index(arm) if arm in named else 0, ranks, arm
 
     return [str(r["arm"]) for r in sorted(rows, key=key)]
@@ -172,16 +179,19 @@ def summaries(tables: Tables) -> list[dict[str, Any]]:
     """
     frame, names = outcomes(tables), labels(tables)
     reference = reference_arm(tables)
+    factors = tables.factors
     out = []
+    every = {k[0]: g for k, g in tables.evaluation().partition_by("arm", as_dict=True, maintain_order=True).items()}
+    ended = {k[0]: g for k, g in frame.partition_by("arm", as_dict=True, maintain_order=True).items()}
     for arm in order(tables):
-        runs = tables.evaluation().filter(pl.col("arm") == arm)
-        rows = frame.filter(pl.col("arm") == arm).sort("seed")
+        runs = every[arm]
+        rows = ended.get(arm, frame.clear()).sort("seed")
         record: dict[str, Any] = {
             "arm": arm,
             "label": names[arm],
             "kind": str(runs["kind"][0]),
             "reference": arm == reference,
-            "factors": {f: runs[FACTOR + f][0] for f in tables.factors},
+            "factors": {f: runs[FACTOR + f][0] for f in factors},
             "n": rows.height,
             "seeds": rows["seed"].to_list(),
             "run_ids": rows["run_id"].to_list(),
@@ -190,6 +200,7 @@ def summaries(tables: Tables) -> list[dict[str, Any]]:
             **{c: spread(rows[c]) for c in STORY},
             **{c: spread(rows[c]) for c in BALANCE},
             **{c: mean(rows[c]) for c in COST},
+            **{c: mean(rows[c]) for c in ("born_dead_frac", "never_alive_frac", "lr")},
         }
         record["signs"] = signs(record)
         record["reading"] = reading(record)

@@ -8,10 +8,11 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from ablate.analysis import arms
+from ablate.analysis import arms, contrasts, sections
 from ablate.analysis.contrasts import ALPHA, Claim
+from ablate.analysis.factors import analyse_factors
 from ablate.analysis.frames import Tables, canonical, load
-from ablate.analysis.verdicts import Comparison, Runs, findings
+from ablate.analysis.verdicts import Comparison, Runs, findings, sentence
 from ablate.config import digest
 
 SCHEMA = "ablate.findings/1"
@@ -60,25 +61,64 @@ def compute(tables: Tables) -> dict[str, Any]:
             families.append(
                 {"family": family, "adjustment": method, "size": len(comparisons), "what": what, "alpha": ALPHA}
             )
+    finished = Runs.of(frame.filter(frame["status"] == "finished"), ENDPOINTS)
+    for f in found:
+        f["finished_only"] = without_diverged(f, runs, finished)
+    margins = {"bpb": tables.study.margin, "n_eff_frac": tables.study.min_effect_n_eff}
+    power = sections.seeds_and_power(found, margins)
+    measured = {e: m for e, m in margins.items() if frame[e].count()}
+    factors = analyse_factors(tables, frame, runs, measured, rng)
+    for f in factors["findings"]:
+        f["text"] = sentence(f)
+    if factors["findings"]:
+        what = "levels of each factor against its base level; simple effects where an interaction stands"
+        families.append(
+            {"family": "factors", "adjustment": "bh", "size": len(factors["findings"]), "what": what, "alpha": ALPHA}
+        )
+    found += factors["findings"]
+    reference = arms.reference_arm(tables)
     return {
         "schema": SCHEMA,
         "study": tables.name,
         "title": tables.study.title,
         "notes": tables.study.notes,
         "design": tables.study.design,
-        "reference": arms.reference_arm(tables),
+        "reference": reference,
         "margin": tables.study.margin,
         "min_effect_n_eff": tables.study.min_effect_n_eff,
         "seeds": tables.study.seeds,
         "inputs": tables.digests,
-        "plan_hash": tables.plan.get("hash") or tables.plan.get("plan_hash"),
+        "plan_hash": tables.plan.get("hash"),
+        "plan_notes": [str(n) for n in tables.plan.get("notes") or []],
+        "deviations": sections.deviations(tables),
         "families": families,
         "findings": found,
         "arms": summaries,
+        "restored": sections.restored(tables, runs, frame, reference),
+        "effects": {k: factors[k] for k in ("terms", "withheld", "left_out", "cells")},
+        "importance": sections.importance(tables, frame),
+        "collapse": sections.collapse(runs, arms.order(tables)),
+        "pareto": sections.front(tables, frame, rng),
+        "learning_rates": sections.learning_rates(tables),
+        "power": power,
+        "twins": sections.twins(tables, frame, runs),
         "assay": gap,
         "exclusions": arms.exclusions(tables),
         "summary": summary(tables, found, summaries),
     }
+
+
+def without_diverged(f: dict[str, Any], runs: Runs, finished: Runs) -> dict[str, Any] | None:
+    """The comparison on finished runs alone, beside the intention to treat; None where no run of it diverged."""
+    pair = [(f["arm"], f["endpoint"]), (f["reference"], f["endpoint"])]
+    if all(len(runs.values.get(k, {})) == len(finished.values.get(k, {})) for k in pair):
+        return None
+    a, b = (finished.values.get(k, {}) for k in pair)
+    shared = sorted(a.keys() & b.keys())
+    if len(shared) < 2:
+        return {"effect": None, "interval": None, "n": len(shared)}
+    e = contrasts.paired([a[s] - b[s] for s in shared])
+    return {"effect": float(e.effect), "interval": [float(e.low), float(e.high)], "n": len(shared)}
 
 
 def assay(tables: Tables, runs: Runs) -> dict[str, Any] | None:

@@ -64,13 +64,18 @@ TRIAL_NUMBERS = (
     "active_frac",
     "total_params",
     "active_params",
+    "lr",
+    "born_dead_frac",
+    "never_alive_frac",
+    "dead_resolved",
+    "branch_imbalance",
     "flops_per_token",
     "tokens",
     "seconds",
     "tokens_per_second",
     "threads",
 )
-HISTORY_NUMBERS = ["step", "tokens", "bpb", "train_loss", "lr", "n_eff_frac", "dead_frac", "bits_lost"]
+HISTORY_NUMBERS = ("step", "tokens", "bpb", "train_loss", "lr", "n_eff_frac", "dead_frac", "bits_lost")
 STATUSES = {"finished", "diverged", "pruned", "killed"}
 STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
@@ -113,8 +118,8 @@ class Tables:
         return self.trials.filter((pl.col("kind") == "arm") & ~pl.col("arm").is_in([*self.study.arms]))
 
     def evaluation(self) -> pl.DataFrame:
-        """Trials that answer the question: arms and controls, tuning and search left out."""
-        return self.trials.filter(pl.col("kind").is_in(["arm", "control"]))
+        """Trials that answer the question: arms and controls, or a search's candidates; tuning is left out."""
+        return self.trials.filter(pl.col("kind").is_in(["arm", "control", "search"]))
 
 
 def load(name: str, root: Path) -> Tables:

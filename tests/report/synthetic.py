@@ -99,7 +99,7 @@ def write_study(
     plan = {
         "study": name,
         "hash": "0123456789ab",
-        "trials": [{"arm": r["arm"], "seed": r["seed"], "kind": r["kind"]} for r in rows],
+        "trials": [{k: r[k] for k in ("trial", "arm", "seed", "kind")} for r in rows],
     }
     (results / "plan.json").write_text(json.dumps(plan, indent=1), encoding="utf-8")
 
@@ -138,13 +138,14 @@ def _one(
         for i, (s, b) in enumerate(zip(steps, bpb, strict=True))
     ]
     units = 1276
-    config = {"tree": {"mirror": values.get("tree.mirror")}, "train": {"lr": row["lr"]}, "init_seed": row["seed"]}
+    tree = {k.partition(".")[2]: v for k, v in values.items()}
+    config = {"tree": tree, "train": {"lr": row["lr"]}, "init_seed": row["seed"]}
     trial = {
         **common,
         "status": "diverged" if row["diverged"] else "finished",
         "run_id": f"{int(row['trial'], 16):032x}",
         **{f"factor.{k}": values[k] for k in keys},
-        "factor.train.lr": row["lr"],
+        "lr": row["lr"],
         "config": json.dumps(config),
         "bpb": None if row["diverged"] else float(bpb[-1]),
         "bpb_start": float(bpb[0]),

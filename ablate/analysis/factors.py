@@ -1,0 +1,229 @@
+"""The factors of a grid: how much each matters for balance and for quality, and which of them cannot be read alone."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from ablate.analysis import contrasts, effects
+from ablate.analysis.arms import level_text
+from ablate.analysis.contrasts import ALPHA, Estimate
+from ablate.analysis.effects import Design
+from ablate.analysis.frames import FACTOR, Tables
+from ablate.analysis.verdicts import UNITS, Runs
+
+COMBINATIONS = 12  # conditions of a simple effect that are listed one by one
+
+
+def analyse_factors(
+    tables: Tables, frame: pl.DataFrame, runs: Runs, endpoints: dict[str, float], rng: np.random.Generator
+) -> dict[str, Any]:
+    """Type II analysis per endpoint (name to margin), as {terms, findings, withheld}.
+
+    Findings are level effects: of a factor alone where no interaction that contains it stands, else its simple
+    effects at the
+    levels of the factors it interacts with. Both families are adjusted by Benjamini-Hochberg.
+    """
+    out: dict[str, Any] = {"terms": [], "findings": [], "withheld": [], "left_out": [], "cells": []}
+    if tables.study.design != "factorial" or not tables.factors:
+        return out
+    names = set(tables.grid()["arm"])
+    grid = frame.filter(pl.col("arm").is_in(sorted(names)))
+    fits = []
+    for endpoint, margin in endpoints.items():
+        rows = grid.filter(pl.col(endpoint).is_not_null()).sort("arm", "seed")
+        problem = _problem(tables, rows, runs)
+        if problem:
+            out["withheld"].append({"endpoint": endpoint, "reason": problem})
+            continue
+        levels = {f: _levels(tables, f, rows) for f in tables.factors}
+        codes = {f: np.array([levels[f].index(level_text(v)) for v in rows[FACTOR + f]]) for f in tables.factors}
+        codes = {f: c for f, c in codes.items() if c.max() > 0}
+        seeds = np.unique(rows["seed"].to_numpy(), return_inverse=True)[1]
+        y = rows[endpoint].to_numpy()
+        try:
+            d = effects.design(codes, seeds)
+            tests = effects.anova(d, y)
+        except (ValueError, np.linalg.LinAlgError) as error:
+            out["withheld"].append({"endpoint": endpoint, "reason": str(error)})
+            continue
+        fits.append((endpoint, margin, rows, levels, d, y, tests))
+        out["left_out"] += [{"endpoint": endpoint, "terms": list(t)} for t in d.left_out]
+        out["cells"] += _cells(endpoint, tables.factors, rows)
+    if not fits:
+        return out
+    flat = [(i, t) for i, fitted in enumerate(fits) for t in fitted[-1]]
+    adjusted = contrasts.benjamini_hochberg(np.array([float(t.p) for _, t in flat]))
+    family: list[dict[str, Any]] = []
+    estimates: list[Estimate] = []
+    for i, (endpoint, margin, rows, levels, d, y, tests) in enumerate(fits):
+        own = np.array([a for (j, _), a in zip(flat, adjusted, strict=True) if j == i])
+        stands = effects.standing(tests, own, ALPHA)
+        try:
+            intervals: Any = effects.bootstrap_omega2(d, y, rng)
+        except (ValueError, np.linalg.LinAlgError):
+            intervals = None
+        for k, t in enumerate(tests):
+            out["terms"].append(
+                {
+                    "endpoint": endpoint,
+                    "term": list(t.term),
+                    "df": t.df,
+                    "residual_df": d.residual,
+                    "f": float(t.f),
+                    "p": float(t.p),
+                    "p_adjusted": float(own[k]),
+                    "family_size": len(flat),
+                    "omega2": float(t.omega2),
+                    "interval": None if intervals is None else intervals[k].tolist(),
+                    "suppressed": bool(stands.get(t.term, False)),
+                    "n": rows.height,
+                    "run_ids": rows["run_id"].to_list(),
+                }
+            )
+        fitted = effects.fit(d, y)
+        for factor in (f for f in levels if f in d.codes):
+            partners = _partners(factor, tests, own) if stands[factor,] else []
+            for record, estimate in _level_effects(d, fitted, y, factor, partners, levels, rows):
+                family.append(record | {"endpoint": endpoint, "margin": margin, "unit": UNITS.get(endpoint, "")})
+                estimates.append(estimate)
+    out["findings"] = _judged(family, estimates)
+    return out
+
+
+def _problem(tables: Tables, rows: pl.DataFrame, runs: Runs) -> str:
+    if rows["seed"].n_unique() < 2:
+        return "fewer than two seeds: no error to hold effects against"
+    split = [runs.modes(a) for a in rows["arm"].unique(maintain_order=True) if runs.modes(a)]
+    return split[0] if split else ""
+
+
+def _levels(tables: Tables, factor: str, rows: pl.DataFrame) -> list[str]:
+    """Levels that occur, the base's value first (the first of the file's where the base's does not occur)."""
+    seen = {level_text(v) for v in rows[FACTOR + factor]}
+    wanted = [level_text(v) for v in tables.study.factors[factor].levels or []]
+    section, _, field = factor.partition(".")
+    base = level_text(getattr(getattr(tables.study.trial({}), section), field))
+    kept = [w for w in wanted if w in seen] + sorted(seen - set(wanted))
+    return sorted(kept, key=lambda v: v != base) if base in kept else kept
+
+
+def _cells(endpoint: str, factors: list[str], rows: pl.DataFrame) -> list[dict[str, Any]]:
+    """Cell means of every pair of factors, for interaction plots."""
+    out = []
+    for a, b in itertools.combinations(factors, 2):
+        keys = [FACTOR + a, FACTOR + b]
+        groups = rows.group_by(keys, maintain_order=True).agg(
+            pl.col(endpoint).mean().alias("mean"), pl.len().alias("n")
+        )
+        for row in groups.iter_rows(named=True):
+            levels = [level_text(row[k]) for k in keys]
+            out.append({"endpoint": endpoint, "factors": [a, b], "levels": levels, "mean": row["mean"], "n": row["n"]})
+    return sorted(out, key=lambda c: (c["factors"], c["levels"]))
+
+
+def _partners(factor: str, tests: list[effects.Test], adjusted: Any) -> list[str]:
+    strong = [
+        t.term for t, p in zip(tests, adjusted, strict=True) if len(t.term) == 2 and factor in t.term and p < ALPHA
+    ]
+    return [b if a == factor else a for a, b in strong]
+
+
+def _level_effects(
+    d: Design,
+    fitted: effects.Fit,
+    y: Any,
+    factor: str,
+    partners: list[str],
+    levels: dict[str, list[str]],
+    rows: pl.DataFrame,
+) -> list[tuple[dict[str, Any], Estimate]]:
+    out = []
+    combinations = list(itertools.product(*(range(len(levels[p])) for p in partners)))
+    for combination in combinations[:COMBINATIONS]:
+        at = dict(zip(partners, combination, strict=True))
+        mask = np.ones(rows.height, dtype=bool)
+        for p, k in at.items():
+            mask &= d.codes[p] == k
+        used = rows.filter(mask)
+        for level in range(1, len(levels[factor])):
+            condition = {p: levels[p][k] for p, k in at.items()}
+            pair = {levels[factor][level], levels[factor][0]}
+            ids = [r["run_id"] for r in used.iter_rows(named=True) if level_text(r[FACTOR + factor]) in pair]
+            record = {
+                "kind": "simple_effect" if partners else "main_effect",
+                "factor": factor,
+                "level": levels[factor][level],
+                "base_level": levels[factor][0],
+                "at": condition,
+                "claim": "differs",
+                "n": len(ids),
+                "seeds": sorted(used["seed"].unique().to_list()),
+                "run_ids": ids,
+            }
+            if not partners:
+                out.append((record, effects.level_effect(d, fitted, factor, level, 0)))
+                continue
+            by_seed = _paired_by_seed(d, y, factor, level, mask)
+            if len(by_seed) >= 2:
+                out.append((record | {"n": len(by_seed)}, contrasts.paired(list(by_seed.values()))))
+    return out
+
+
+def _paired_by_seed(d: Design, y: Any, factor: str, level: int, mask: Any) -> dict[int, float]:
+    """Level minus base level within each cell of the other factors, averaged per seed: few runs, so seeds are the
+    unit.
+    """
+    others = [f for f in d.codes if f not in {factor, "seed"}]
+    value: dict[tuple[int, ...], dict[int, float]] = {}
+    for i in np.flatnonzero(mask):
+        cell = (int(d.codes["seed"][i]), *(int(d.codes[f][i]) for f in others))
+        value.setdefault(cell, {})[int(d.codes[factor][i])] = float(y[i])
+    differences: dict[int, list[float]] = {}
+    for cell, by_level in value.items():
+        if level in by_level and 0 in by_level:
+            differences.setdefault(cell[0], []).append(by_level[level] - by_level[0])
+    return {seed: float(np.mean(v)) for seed, v in differences.items()}
+
+
+def _judged(family: list[dict[str, Any]], estimates: list[Estimate]) -> list[dict[str, Any]]:
+    if not family:
+        return []
+    e = Estimate(
+        *(np.array([getattr(x, f) for x in estimates]) for f in ("effect", "se", "df", "low", "high", "p", "sd"))
+    )
+    judged = contrasts.judge(e, np.array([r["margin"] for r in family]), ["differs"] * len(family), "bh")
+    out = []
+    for i, record in enumerate(family):
+        verdict = "supported" if judged.supported[i] else "refuted" if judged.refuted[i] else "inconclusive"
+        condition = ", ".join(f"{_short(k)} {v}" for k, v in record["at"].items())
+        name = _short(record["factor"])
+        full = record | {
+            "id": f"factors/{record['factor']}={record['level']}/{condition}/{record['endpoint']}",
+            "family": "factors",
+            "family_size": len(family),
+            "adjustment": "bh",
+            "arm_label": f"{name} {record['level']}" + (f" (where {condition})" if condition else ""),
+            "reference_label": f"{name} {record['base_level']}",
+            "verdict": verdict,
+            "below_margin": bool(judged.below_margin[i]),
+            "reasons": [],
+            "effect": float(e.effect[i]),
+            "interval": [float(e.low[i]), float(e.high[i])],
+            "sd": float(e.sd[i]),
+            "p": float(judged.p[i]),
+            "p_adjusted": float(judged.p_adjusted[i]),
+            "p_sign_flip": None,
+            "p_within_margin": float(judged.p_within[i]),
+            "detectable": None,
+            "paired": True,
+        }
+        out.append(full)
+    return out
+
+
+def _short(factor: str) -> str:
+    return factor.partition(".")[2].replace("_", " ")

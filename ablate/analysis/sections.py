@@ -1,0 +1,318 @@
+"""Parts of findings.json beside the comparisons: collapse, Pareto front, learning rates, power, A/A twins,
+deviations.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from ablate.analysis import contrasts, pareto, power
+from ablate.analysis.arms import DEAD_TARGET, level_text
+from ablate.analysis.frames import FACTOR, Tables
+from ablate.analysis.verdicts import Runs
+
+THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
+# GELU, SiLU and ReLU with mirror -1 are the identity, so their placements are one model: a free A/A test.
+ODD_IDENTITIES = {"gelu", "gelu_tanh", "silu", "relu"}
+
+
+def collapse(runs: Runs, order: list[str]) -> dict[str, Any]:
+    """Probability of collapse per arm with Wilson intervals, whether runs split into modes, and equality of spreads."""
+    rows = []
+    for arm in order:
+        flags = runs.collapsed.get(arm)
+        if not flags:
+            continue
+        hit, n = sum(flags.values()), len(flags)
+        low, high = power.wilson(hit, n)
+        values, which = np.array(list(runs.bits_lost[arm].values())), np.array(list(flags.values()))
+        rows.append(
+            {
+                "arm": arm,
+                "collapsed": hit,
+                "n": n,
+                "probability": hit / n,
+                "interval": [float(low), float(high)],
+                "separation": _finite(power.separation(values, which)),
+                "modes": runs.modes(arm),
+                "run_ids": [runs.run_ids[arm, s] for s in flags],
+            }
+        )
+    spreads = {}
+    for endpoint in ("bpb", "n_eff_frac"):
+        groups = [np.array(list(v.values())) for (_, e), v in sorted(runs.values.items()) if e == endpoint]
+        spreads[endpoint] = power.brown_forsythe(groups)
+    return {"arms": rows, "brown_forsythe": spreads}
+
+
+def _finite(x: Any) -> float | None:
+    return float(x) if math.isfinite(x) else None
+
+
+def front(tables: Tables, frame: pl.DataFrame, rng: np.random.Generator) -> dict[str, Any] | None:
+    """Pareto front of the arms' means over bpb and n_eff_frac; diverged runs count with the untrained model's bpb.
+
+    The reference corner of the hypervolume is fixed: n_eff_frac 0, and the bpb of the untrained model.
+    """
+    rows = frame.filter(pl.col("bpb").is_not_null() & pl.col("n_eff_frac").is_not_null()).sort("arm", "seed")
+    groups = {k[0]: g for k, g in rows.partition_by("arm", as_dict=True, maintain_order=True).items()}
+    starts = tables.trials["bpb_start"].drop_nulls()
+    if not groups or starts.is_empty():
+        return None
+    corner = (float(starts.median()), 0.0)  # type: ignore[arg-type]
+    names = list(groups)
+    found = pareto.over_seeds(
+        [groups[a]["bpb"].to_numpy() for a in names], [groups[a]["n_eff_frac"].to_numpy() for a in names], corner, rng
+    )
+    rows_out = [
+        {
+            "arm": a,
+            "bpb": float(groups[a]["bpb"].to_numpy().mean()),
+            "n_eff_frac": float(groups[a]["n_eff_frac"].to_numpy().mean()),
+            "on_front": found["front"][i],
+            "probability": found["probability"][i],
+            "n": groups[a].height,
+            "run_ids": groups[a]["run_id"].to_list(),
+        }
+        for i, a in enumerate(names)
+    ]
+    return {
+        "reference_point": {"bpb": corner[0], "n_eff_frac": corner[1]},
+        "hypervolume": found["hypervolume"],
+        "interval": found["interval"],
+        "arms": rows_out,
+    }
+
+
+def learning_rates(tables: Tables) -> list[dict[str, Any]]:
+    """Per arm with tuning runs: mean bpb at each rate, the best one, whether it is interior, expected best of n."""
+    tune = tables.trials.filter((pl.col("kind") == "tune") & pl.col("lr").is_not_null())
+    out = []
+    for key, group in tune.partition_by("arm", as_dict=True, maintain_order=True).items():
+        rates = []
+        for lr, part in group.sort("lr").partition_by("lr", as_dict=True, maintain_order=True).items():
+            ok = part.filter((pl.col("status") == "finished") & pl.col("bpb").is_not_null())["bpb"].to_numpy()
+            mean = float(ok.mean()) if len(ok) == part.height and len(ok) else None
+            rates.append({"lr": lr[0], "bpb": mean, "n": part.height, "diverged": part.height - len(ok)})
+        known = [r for r in rates if r["bpb"] is not None]
+        if not known:
+            out.append({"arm": key[0], "rates": rates, "best": None, "interior": None, "best_of_n": [], "run_ids": []})
+            continue
+        best = min(known, key=lambda r: r["bpb"])["lr"]
+        out.append(
+            {
+                "arm": key[0],
+                "rates": rates,
+                "best": best,
+                "interior": rates[0]["lr"] < best < rates[-1]["lr"],
+                "best_of_n": best_of(np.array([r["bpb"] for r in known])),
+                "run_ids": group["run_id"].to_list(),
+            }
+        )
+    return sorted(out, key=lambda r: str(r["arm"]))
+
+
+def best_of(values: Any) -> list[float]:
+    """Expected minimum of n of these values drawn without replacement, n = 1..N (the unbiased estimator of
+    2110.00613).
+    """
+    ordered = np.sort(np.asarray(values, dtype=float))
+    total = len(ordered)
+    return [
+        float(sum(v * math.comb(total - i - 1, n - 1) for i, v in enumerate(ordered)) / math.comb(total, n))
+        for n in range(1, total + 1)
+    ]
+
+
+def seeds_and_power(found: list[dict[str, Any]], margins: dict[str, float]) -> list[dict[str, Any]]:
+    """Per endpoint: what the design could see, from the median paired sd, and the seeds its margin would need."""
+    out = []
+    for endpoint, margin in margins.items():
+        rows = [f for f in found if f["endpoint"] == endpoint and f["sd"] and f["paired"] and f["kind"] == "contrast"]
+        if not rows:
+            continue
+        sd = float(np.median([f["sd"] for f in rows]))
+        n = int(np.median([f["n"] for f in rows]))
+        needed = next((k for k in range(2, 101) if power.detectable(k, paired=True) * sd <= margin), None)
+        out.append(
+            {
+                "endpoint": endpoint,
+                "margin": margin,
+                "paired_sd": sd,
+                "n": n,
+                "detectable": power.detectable(n, paired=True) * sd,
+                "seeds_for_margin": needed,
+                "smallest_sign_flip_p": 2.0 ** (1 - n),
+                "comparisons": len(rows),
+            }
+        )
+    return out
+
+
+def twins(tables: Tables, frame: pl.DataFrame, runs: Runs) -> list[dict[str, Any]]:
+    """A/A test: arms that are one model by construction (mirror -1 of an odd-identity base at two placements)."""
+    groups: dict[str, list[str]] = {}
+    for row in (
+        frame.filter(pl.col("kind") == "arm").unique("arm", keep="first", maintain_order=True).iter_rows(named=True)
+    ):
+        tree = _config(row["config"]).get("tree") or {}
+        mirrors = {tree.get("mirror"), tree.get("mirror") if tree.get("node_mirror") is None else tree["node_mirror"]}
+        if (
+            mirrors <= {-1, -1.0}
+            and tree.get("activation", "gelu") in ODD_IDENTITIES
+            and tree.get("gain", "raw") == "raw"
+        ):
+            rest = {k: v for k, v in _config(row["config"]).items() if k not in {"init_seed", "data_seed"}}
+            rest["tree"] = {k: v for k, v in tree.items() if k != "placement"}
+            groups.setdefault(json.dumps(rest, sort_keys=True), []).append(row["arm"])
+    out = []
+    for members in groups.values():
+        first, *others = sorted(members)
+        for other in others:
+            for endpoint in ("bpb", "n_eff_frac"):
+                a, b = runs.values.get((first, endpoint), {}), runs.values.get((other, endpoint), {})
+                shared = sorted(a.keys() & b.keys())
+                if len(shared) < 2:
+                    continue
+                e = contrasts.paired([b[s] - a[s] for s in shared])
+                ids = [runs.run_ids[arm, s] for arm in (first, other) for s in shared]
+                interval = [float(e.low), float(e.high)]
+                out.append(
+                    {"arms": [first, other], "endpoint": endpoint, "effect": float(e.effect), "interval": interval,
+                     "p": float(e.p), "n": len(shared), "run_ids": ids}
+                )  # fmt: skip
+    return out
+
+
+def _config(text: str | None) -> dict[str, Any]:
+    try:
+        data = json.loads(text or "{}")
+    except json.JSONDecodeError:
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def restored(tables: Tables, runs: Runs, frame: pl.DataFrame, reference: str | None) -> list[dict[str, Any]]:
+    """Per arm: is balance restored, criterion by criterion, and how the answer depends on the threshold.
+
+    Mean n_eff_frac at least the threshold, dead leaves at most 1% (unresolved where there were too few tokens), and bpb
+    non-inferior to the reference arm: the one-sided 95% bound of the paired difference under the margin.
+    Informativeness
+    counts where it was measured.
+    """
+    out = []
+    for key, rows in (
+        frame.filter(pl.col("n_eff_frac").is_not_null()).partition_by("arm", as_dict=True, maintain_order=True).items()
+    ):
+        arm = key[0]
+        n_eff, dead = float(rows["n_eff_frac"].to_numpy().mean()), rows["dead_frac"].drop_nulls().to_numpy()
+        resolved = rows["dead_resolved"].drop_nulls().to_numpy()
+        dead_ok: bool | None = bool(dead.mean() <= DEAD_TARGET) if len(dead) else None
+        if len(resolved) and resolved.min() < 1:
+            dead_ok = None
+        bound, quality = None, None
+        if arm == reference:
+            quality = True
+        elif reference:
+            a, b = runs.values.get((arm, "bpb"), {}), runs.values.get((reference, "bpb"), {})
+            shared = sorted(a.keys() & b.keys())
+            if len(shared) >= 2:
+                e = contrasts.paired([a[s] - b[s] for s in shared], level=0.90)
+                bound = float(e.high)
+                quality = bound < tables.study.margin
+        told = rows["informativeness"].to_numpy(), rows["informativeness_shuffled"].to_numpy()
+        informative = bool(np.nanmean(told[0]) > np.nanmean(told[1])) if rows["informativeness"].count() else None
+        needed = [dead_ok, quality] + ([informative] if informative is not None else [])
+        base = None if any(v is None for v in needed) and all(v is not False for v in needed) else all(needed)
+        out.append(
+            {
+                "arm": arm,
+                "n_eff_frac": n_eff,
+                "n_eff_frac_worst": float(np.min(rows["n_eff_frac_worst"].drop_nulls().to_numpy(), initial=1.0)),
+                "dead_ok": dead_ok,
+                "bpb_bound": bound,
+                "bpb_ok": quality,
+                "informative": informative,
+                "at_threshold": {f"{t:g}": (False if n_eff < t else base) for t in THRESHOLDS},
+                "restored": False if n_eff < 0.8 else base,
+                "n": rows.height,
+                "run_ids": rows["run_id"].to_list(),
+            }
+        )
+    return sorted(out, key=lambda r: str(r["arm"]))
+
+
+def deviations(tables: Tables) -> list[str]:
+    """How the trials differ from the plan, in words; empty where they do not."""
+    plan = tables.plan
+    if not plan:
+        return ["There is no plan.json: which trials were planned is not known."]
+    out = []
+    planned = plan.get("trials")
+    if isinstance(planned, list) and plan.get("design") != "search":
+        names = {t.get("trial") for t in planned if isinstance(t, dict)}
+        have = set(tables.trials["trial"])
+        if names - have:
+            out.append(f"{len(names - have)} of {len(names)} planned trials have no result yet.")
+        if have - names:
+            out.append(f"{len(have - names)} trials are not in the plan.")
+    if plan.get("waiting_for_tune"):
+        out.append(f"{plan['waiting_for_tune']} trials still wait for a learning rate.")
+    for column, what in (
+        ("git_commit", "commits"),
+        ("data_hash", "data sets"),
+        ("tokenizer_hash", "tokenizers"),
+        ("machine", "machine types"),
+    ):
+        values = sorted(tables.trials[column].drop_nulls().unique().to_list())
+        if len(values) > 1:
+            out.append(f"Trials come from {len(values)} {what}: {', '.join(v[:24] for v in values)}.")
+    if tables.trials["git_dirty"].fill_null(False).any():
+        out.append(f"{int(tables.trials['git_dirty'].sum())} trials ran with uncommitted changes.")
+    edge = [r["arm"] for r in learning_rates(tables) if r["interior"] is False]
+    if edge:
+        out.append(
+            f"Best learning rate at the edge of those tried, so not an interior optimum: {', '.join(map(str, edge))}."
+        )
+    return out
+
+
+def importance(tables: Tables, frame: pl.DataFrame) -> list[dict[str, Any]]:
+    """For a search: rank correlation of each numeric factor, and eta squared of each other one, with both endpoints.
+
+    A search's trials are chosen, not randomised, and have one seed each: leads, not effects.
+    """
+    from scipy import stats
+
+    if tables.study.design != "search":
+        return []
+    out = []
+    for factor in tables.factors:
+        for endpoint in ("bpb", "n_eff_frac"):
+            rows = frame.filter(pl.col(endpoint).is_not_null() & pl.col(FACTOR + factor).is_not_null())
+            if rows.height < 8 or rows[FACTOR + factor].n_unique() < 2:
+                continue
+            y = rows[endpoint].to_numpy()
+            column = rows[FACTOR + factor]
+            if column.dtype.is_numeric():
+                found = stats.spearmanr(column.to_numpy(), y)
+                value, p, kind = float(found.statistic), float(found.pvalue), "spearman"
+            else:
+                texts = np.array([level_text(v) for v in column])
+                groups = [y[texts == t] for t in sorted(set(texts))]
+                h = stats.kruskal(*groups)
+                value, p, kind = (
+                    float(max(0.0, (h.statistic - len(groups) + 1) / (len(y) - len(groups)))),
+                    float(h.pvalue),
+                    "epsilon2",
+                )
+            out.append({"factor": factor, "endpoint": endpoint, "measure": kind, "value": value, "p": p, "n": len(y)})
+    if out:
+        for row, p in zip(out, contrasts.benjamini_hochberg([r["p"] for r in out]), strict=True):
+            row["p_adjusted"] = float(p)
+    return out
