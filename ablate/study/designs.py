@@ -158,7 +158,7 @@ def settings(study: Study, chosen: Mapping[str, Scalar]) -> dict[str, Scalar]:
 
 
 def label_of(study: Study, changes: Mapping[str, Scalar]) -> str:
-    """Readable name of a configuration: `mirror=1 placement=unit`; the section is shown where two fields share a name."""
+    """Readable name of a configuration: `mirror=1 placement=unit`; with the section where two fields share a name."""
     keys = factor_keys(study)
     fields = [key.partition(".")[2] for key in keys]
     short = {key: field if fields.count(field) == 1 else key for key, field in zip(keys, fields, strict=True)}
@@ -271,7 +271,8 @@ def _matched(study: Study, arm: Arm) -> Arm:
     free = next((f for f in ("leaf_width", "trees") if f"tree.{f}" not in arm.changes), None)
     if free is None:
         raise ConfigError(
-            f"match is {study.match!r}: arm {arm.label!r} sets both tree.leaf_width and tree.trees; leave one to be derived"
+            f"match is {study.match!r}: arm {arm.label!r} sets both tree.leaf_width and tree.trees; leave one out, "
+            f"to be derived"
         )
     target = getattr(study.trial({}).tree, study.match)
     tree = _trial(study, arm).tree

@@ -1,4 +1,4 @@
-"""Where workers run: spawned processes on this machine. An engine starts workers, passes on their news, and stops them."""
+"""Where workers run: spawned processes on this machine. An engine starts them, passes on their news, stops them."""
 
 from __future__ import annotations
 

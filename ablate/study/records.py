@@ -104,7 +104,7 @@ class TrialTracker(Observer, Protocol):
 
 
 class Tracker(Protocol):
-    """A tracking service, as far as studies know it; it is pickled into workers. ablate.tracking.mlflow has the real one."""
+    """A tracking service, as far as studies know it; pickled into workers. tracking.mlflow has the real one."""
 
     def start_study(self, plan: Plan, layout: Layout, card: dict[str, Any] | None) -> None:
         """Before any worker starts, once: make the store ready, open the study's run, send what an earlier run of the
@@ -117,7 +117,7 @@ class Tracker(Protocol):
         ...
 
     def end_study(self, plan: Plan, layout: Layout, status: str) -> None:
-        """All workers are gone: send what is still unsent, close the study's run as `finished`, `failed` or `killed`."""
+        """All workers are gone: send what is unsent, close the study's run as `finished`, `failed` or `killed`."""
         ...
 
 
@@ -205,8 +205,8 @@ def save_plan(layout: Layout, plan: Plan, tuned: dict[str, Any] | None = None) -
     old = load_plan(layout)
     if plan.study.design == "confirm" and old and old.get("hash") != plan.hash:
         raise ConfigError(
-            f"plan hash is {plan.hash}: study {plan.study.name!r} was fixed as {old.get('hash')} before its first trial, and "
-            f"a confirm plan may not change; restore the file or start a study with another name"
+            f"plan hash is {plan.hash}: study {plan.study.name!r} was fixed as {old.get('hash')} before its first "
+            f"trial, and a confirm plan may not change; restore the file or start a study with another name"
         )
     text = json.dumps(plan_document(plan, tuned), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     if not layout.plan.exists() or layout.plan.read_text(encoding="utf-8") != text:

@@ -58,7 +58,7 @@ class Outcome:
 
     @property
     def exit_code(self) -> int:
-        """0 complete; 1 trials failed or the machine could not go on; 128 + n after signal n (130 Ctrl-C, 143 SIGTERM)."""
+        """0 complete; 1 trials failed or the machine could not go on; 128 + n after signal n (Ctrl-C 130, SIGTERM 143)."""
         if self.signal is not None:
             return 128 + self.signal
         return 1 if self.failed or self.message else 0
@@ -207,11 +207,11 @@ class _Session:
         if code != 0 and not self._stopping:
             how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with code {code}"
             log = self.layout.state / "logs"
-            again = "; its trial goes on elsewhere" if any(again for _, again in rescued) else ""
-            self.display.say(f"a worker {how}{again} (log in {log})")
+            goes_on = "; its trial goes on elsewhere" if any(retried for _, retried in rescued) else ""
+            self.display.say(f"a worker {how}{goes_on} (log in {log})")
             self._false_starts += not rescued
-        for trial, again in rescued:
-            if not again and not self._stopping:
+        for trial, retried in rescued:
+            if not retried and not self._stopping:
                 self.failed.append(f"trial {trial}: its worker died three times")
         if self._false_starts >= MAX_FALSE_STARTS:
             self.message = f"workers end before they start a trial; see {self.layout.state / 'logs'}"

@@ -1,4 +1,4 @@
-"""The worker: claims trials and runs them, one after another, until none waits. Local processes and Ray tasks run this."""
+"""The worker: claims trials and runs them, one by one, until none waits. Local processes and Ray tasks run this."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from pydantic_core import from_json
 
 from ablate.config import ConfigError
-from ablate.study.records import PARTIAL, Layout, load_plan
+from ablate.study.records import PARTIAL, Layout, Record, load_plan
 from ablate.tracking.schema import (
     BALANCE,
     COST,
@@ -42,14 +42,18 @@ def collect(study: str, root: Path) -> Path:
         raise ConfigError(f"study {study!r} has no results: run `ablate study run studies/{study}.yaml` first")
     order = _order(layout, plan)
     if not order:
-        raise ConfigError(f"study {study!r} has no finished trial yet: run `ablate study run studies/{study}.yaml` first")
+        raise ConfigError(
+            f"study {study!r} has no finished trial yet: run `ablate study run studies/{study}.yaml` first"
+        )
     keys = list(dict.fromkeys(key for known in order.values() for key in known["factors"]))
     trials: list[dict[str, Any]] = []
     history: list[dict[str, Any]] = []
     for name, known in order.items():
         record = read(layout.record(name))
         place = {"study": study, "trial": name, **{key: known[key] for key in ("arm", "kind", "seed")}}
-        trials.append(place | trial_row(record) | _tuned(plan, known) | {FACTOR + k: known["factors"].get(k) for k in keys})
+        trials.append(
+            place | trial_row(record) | _tuned(plan, known) | {FACTOR + k: known["factors"].get(k) for k in keys}
+        )
         history.extend(place | evaluation_row(evaluation) for evaluation in record["history"])
     layout.tables.mkdir(parents=True, exist_ok=True)
     schema = TRIALS_SCHEMA | {FACTOR + key: _dtype(row[FACTOR + key] for row in trials) for key in keys}
@@ -63,10 +67,11 @@ def read(path: Path) -> dict[str, Any]:
     """One record as plain data (quicker than `load_record`, for thousands); raises ConfigError for a damaged one."""
     try:
         data = from_json(path.read_bytes())
-        data["history"], data["cost"], data["provenance"], data["leaves"]  # noqa: B018
-    except (ValueError, KeyError, TypeError):
-        raise ConfigError(f"result {str(path)!r} is damaged: delete it and run the study again") from None
-    return dict(data)
+    except ValueError:
+        data = None
+    if not isinstance(data, dict) or not Record.model_fields.keys() <= data.keys():
+        raise ConfigError(f"result {str(path)!r} is damaged: delete it and run the study again")
+    return data
 
 
 def trial_row(record: dict[str, Any]) -> dict[str, Any]:

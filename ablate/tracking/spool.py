@@ -1,0 +1,77 @@
+"""A trial's tracking events on disk, written before they are sent: a server that is away costs nothing but a delay."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+Event = dict[str, Any]
+
+
+class Spool:
+    """An append-only file of events, one JSON line each; it outlives the process that wrote it.
+
+    Sending the same events again is harmless: metrics carry the time of their first writing, and MLflow keeps one row
+    for equal key, step, time and value.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.events: list[Event] = _read(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def append(self, event: Event) -> None:
+        """Add an event; it is in the file when this returns."""
+        line = json.dumps(event)
+        with self.path.open("a", encoding="utf-8") as file:
+            # A line that a crash cut short is closed off, so that this one starts anew.
+            file.write(line + "\n" if self._whole() else "\n" + line + "\n")
+        self.events.append(event)
+
+    def remove(self) -> None:
+        """Everything was sent."""
+        self.path.unlink(missing_ok=True)
+
+    @property
+    def run_id(self) -> str | None:
+        """The run that the events went to so far."""
+        return next((e["run_id"] for e in self.events if e["event"] == "run"), None)
+
+    @property
+    def steps(self) -> set[int]:
+        """Steps of the evaluations already written; a resumed trial evaluates some of them again."""
+        return {e["step"] for e in self.events if e["event"] == "metrics"}
+
+    @property
+    def closed(self) -> bool:
+        """Whether the trial's last word is here: it has a result, or was given up."""
+        return bool(self.events) and self.events[-1]["event"] == "close"
+
+    def _whole(self) -> bool:
+        try:
+            with self.path.open("rb") as file:
+                file.seek(-1, 2)
+                return file.read(1) == b"\n"
+        except OSError:
+            return True
+
+
+def finite(values: dict[str, float | None]) -> dict[str, float]:
+    """Values that a metric can hold; those that are missing, NaN or infinite are left out."""
+    return {key: float(v) for key, v in values.items() if v is not None and math.isfinite(v)}
+
+
+def _read(path: Path) -> list[Event]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    events = []
+    for line in lines:
+        try:
+            events.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue  # The line during which the process was killed.
+    return events
