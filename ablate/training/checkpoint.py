@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ablate.config import ConfigError, Trial
+from ablate.model.ragged import shape_like
 from ablate.model.transformer import Transformer
 
 FORMAT = 1
@@ -33,6 +34,7 @@ def load_model(path: Path) -> tuple[Transformer, Trial, str]:
         raise ConfigError(f"checkpoint {str(path)!r} has format {content.get('format')!r}; this version reads {FORMAT}")
     trial = Trial.model_validate_json(content["trial"])
     model = Transformer(trial, content["vocab_size"])
+    shape_like(model, content["state"])  # layers that were pruned
     model.load_state_dict(content["state"])
     return model.eval(), trial, str(content["tokenizer_hash"])
 
