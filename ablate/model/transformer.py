@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ablate.config import Trial
 from ablate.kernels.op import Backend
+from ablate.model.decode import STEP_TOKENS, Cache, tree_step
 from ablate.model.dense import DenseFeedForward
 from ablate.model.tree import TreeFeedForward
 
@@ -39,17 +40,23 @@ class Attention(nn.Module):
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, d] of x [B, T, d]; position t sees positions up to t."""
+    def forward(self, x: Tensor, cache: Cache | None = None, layer: int = 0) -> Tensor:
+        """[B, T, d] of x [B, T, d]; position t sees positions up to t, and before them what a cache holds."""
         batch, time, d = x.shape
         qkv = F.linear(x, self.qkv).view(batch, time, 3, self.heads, d // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(self._rotate(q), self._rotate(k), v, is_causal=True)
+        if cache is None:
+            at = slice(0, time)
+            y = F.scaled_dot_product_attention(self._rotate(q, at), self._rotate(k, at), v, is_causal=True)
+        else:
+            y = cache.attend(layer, self._rotate(q, cache.positions), self._rotate(k, cache.positions), v)
         return F.linear(y.transpose(1, 2).reshape(batch, time, d), self.out)
 
-    def _rotate(self, x: Tensor) -> Tensor:
-        """Rotary positions on [B, H, T, d/H]; halves are the pairs."""
-        cos, sin = self.cos[: x.shape[2]].to(x.dtype), self.sin[: x.shape[2]].to(x.dtype)
+    def _rotate(self, x: Tensor, at: slice | Tensor) -> Tensor:
+        """Rotary positions on [B, H, T, d/H], the same for all rows or [B, T]; halves are the pairs."""
+        cos, sin = self.cos[at].to(x.dtype), self.sin[at].to(x.dtype)
+        if isinstance(at, Tensor):
+            cos, sin = cos[:, None], sin[:, None]
         a, b = x.chunk(2, dim=-1)
         return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
@@ -69,11 +76,12 @@ class Block(nn.Module):
         elif model.feedforward == "dense":
             self.feedforward = DenseFeedForward(model.d_model, trial.dense, generator=_child(generator))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, d] of x [B, T, d]."""
-        x = x + self.attention(self.attention_norm(x))
+    def forward(self, x: Tensor, cache: Cache | None = None, layer: int = 0) -> Tensor:
+        """[B, T, d] of x [B, T, d]; `layer` is this block's place in the cache."""
+        x = x + self.attention(self.attention_norm(x), cache, layer)
         if self.norm is not None and self.feedforward is not None:
-            x = x + self.feedforward(self.norm(x))
+            step = cache.steps[layer] if cache is not None and x.shape[0] * x.shape[1] <= STEP_TOKENS else None
+            x = x + (step or self.feedforward)(self.norm(x))
         return x
 
 
@@ -88,13 +96,47 @@ class Transformer(nn.Module):
         self.embedding = nn.Parameter(embedding)
         self.blocks = nn.ModuleList(Block(trial, _child(generator), backend) for _ in range(trial.model.blocks))
         self.norm = nn.RMSNorm(trial.model.d_model)
+        self.context = trial.model.context
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits [B, T, V] of int64 ids [B, T]."""
+    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """Logits [B, T, V] of int64 ids [B, T], which follow what the cache holds (it then holds them too)."""
+        return self.logits(self.features(tokens, cache))
+
+    def features(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """What the logits are made of, [B, T, d] of ids [B, T]: for callers that need logits of some positions only."""
         x = F.embedding(tokens, self.embedding)
-        for block in self.blocks:
-            x = block(x)
-        return F.linear(self.norm(x), self.embedding)
+        if cache is None:
+            for block in self.blocks:
+                x = block(x)
+        else:
+            cache.begin(*tokens.shape)
+            for layer, block in enumerate(self.blocks):
+                x = block(x, cache, layer)
+            cache.advance(tokens.shape[1])
+        features: Tensor = self.norm(x)
+        return features
+
+    def logits(self, features: Tensor) -> Tensor:
+        """[..., V] of features [..., d]."""
+        return F.linear(features, self.embedding)
+
+    def cache(self, rows: int, capacity: int | None = None) -> Cache:
+        """An empty key-value cache for `rows` sequences of up to `capacity` tokens, the context where not given.
+
+        Raises ValueError where the capacity is over the context.
+        """
+        context = self.context if capacity is None else capacity
+        if context > self.context:
+            raise ValueError(f"a cache of {context} positions is longer than the model's context of {self.context}")
+        attention = self.blocks[0].attention
+        assert isinstance(attention, Attention)
+        width = self.embedding.shape[1] // attention.heads
+        cache = Cache(len(self.blocks), rows, context, attention.heads, width, self.embedding.detach())
+        cache.steps = [
+            tree_step(block.feedforward) if isinstance(block.feedforward, TreeFeedForward) else None
+            for block in self.blocks
+        ]
+        return cache
 
     def trees(self) -> list[TreeFeedForward]:
         """The tree layers, first block first."""
