@@ -315,7 +315,7 @@ class Queue:
         if not worker or worker.partition(":")[0] == host:
             return
         raise ConfigError(
-            f"study {self.plan.study.name!r} is running on {worker.partition(':')[0]!r}; stop it there, or if it is dead "
+            f"study {self.plan.study.name!r} is running on {worker.partition(':')[0]!r}; stop it there, or if it died "
             f"wait {GRACE_SECONDS} s until its trial counts as lost"
         )
 

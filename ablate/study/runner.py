@@ -58,7 +58,7 @@ class Outcome:
 
     @property
     def exit_code(self) -> int:
-        """0 complete; 1 trials failed or the machine could not go on; 128 + n after signal n (Ctrl-C 130, SIGTERM 143)."""
+        """0 complete; 1 trials failed or the machine could not go on; 128 + n after signal n (SIGTERM: 143)."""
         if self.signal is not None:
             return 128 + self.signal
         return 1 if self.failed or self.message else 0

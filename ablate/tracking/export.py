@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import polars as pl
-import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic_core import from_json
 
 from ablate.config import ConfigError
@@ -23,7 +21,6 @@ from ablate.tracking.schema import (
     USAGE_TABLE_SCHEMA,
 )
 
-# Usage rows held in memory before they are written as one row group: some 100 MB.
 ROW_GROUP = 1_000_000
 
 
@@ -166,33 +163,24 @@ def _write(frame: pl.DataFrame, path: Path) -> None:
 
 
 def _write_usage(layout: Layout, order: dict[str, dict[str, Any]], path: Path) -> None:
-    """Stream every trial's usage into one table, a bounded number of rows in memory at a time."""
-    schema = pl.DataFrame(schema=USAGE_TABLE_SCHEMA).to_arrow(compat_level=pl.CompatLevel.oldest()).schema
+    """Stream every trial's usage into one table; memory stays bounded however many trials there are."""
+    present = [name for name in order if layout.usage(name).exists()]
     partial = path.with_name(f".{path.name}{PARTIAL}")
-    with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
-        for group in _usage_groups(layout, order, schema):
-            writer.write_table(group, row_group_size=len(group))
+    if not present:
+        pl.DataFrame(schema=USAGE_TABLE_SCHEMA).write_parquet(partial, compression="zstd")
+        partial.replace(path)
+        return
+    place = pl.LazyFrame(
+        {
+            "file": [str(layout.usage(name)) for name in present],
+            "study": [layout.study] * len(present),
+            "trial": present,
+            "arm": [order[name]["arm"] for name in present],
+            "seed": [order[name]["seed"] for name in present],
+        },
+        schema_overrides={"seed": pl.Int64()},
+    )
+    usage = pl.scan_parquet([layout.usage(name) for name in present], include_file_paths="file")
+    joined = usage.join(place, on="file", how="left", maintain_order="left").select(list(USAGE_TABLE_SCHEMA))
+    joined.sink_parquet(partial, compression="zstd", maintain_order=True, row_group_size=ROW_GROUP)
     partial.replace(path)
-
-
-def _usage_groups(layout: Layout, order: dict[str, dict[str, Any]], schema: pa.Schema) -> Iterator[pa.Table]:
-    waiting: list[pl.DataFrame] = []
-    rows = 0
-    for name, known in order.items():
-        path = layout.usage(name)
-        if not path.exists():
-            continue
-        frame = pl.read_parquet(path)
-        place = {"study": layout.study, "trial": name, "arm": known["arm"], "seed": known["seed"]}
-        frame = frame.with_columns(pl.lit(value, USAGE_TABLE_SCHEMA[key]).alias(key) for key, value in place.items())
-        waiting.append(frame.select(list(USAGE_TABLE_SCHEMA)))
-        rows += len(frame)
-        if rows >= ROW_GROUP:
-            yield _arrow(waiting, schema)
-            waiting, rows = [], 0
-    if rows:
-        yield _arrow(waiting, schema)
-
-
-def _arrow(frames: list[pl.DataFrame], schema: pa.Schema) -> pa.Table:
-    return pl.concat(frames).to_arrow(compat_level=pl.CompatLevel.oldest()).cast(schema)
