@@ -27,7 +27,7 @@ class Display:
     """Shows what each worker does, how far the study is, and when it will be done."""
 
     def __init__(self, name: str, total: int, done: int, workers: int, console: Console | None = None) -> None:
-        self.console = console or Console()
+        self.console = console or Console(stderr=True)
         self.workers = workers
         self._now: dict[str, Event] = {}
         self._finished: list[float] = []
