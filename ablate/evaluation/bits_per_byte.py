@@ -7,14 +7,22 @@ from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from ablate.model.transformer import Transformer, evaluating
+from ablate.model.transformer import evaluating
+
+
+def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Logits [B, T, V] of ids [B, T], from our models and from Hugging Face's."""
+    out = model(tokens)
+    logits = out if isinstance(out, Tensor) else out.logits
+    assert isinstance(logits, Tensor)
+    return logits
 
 
 @torch.no_grad()
 def bits_per_byte(
-    model: Transformer,
+    model: nn.Module,
     batches: Iterable[dict[str, Tensor]],
     token_bytes: Tensor,
     watch: Callable[[Tensor], None] | None = None,
@@ -25,14 +33,14 @@ def bits_per_byte(
     each forward, while the tree layers still hold the leaves of that batch. Ranks of a distributed run share the batches
     and add up their sums. Raises ValueError when the slice holds no byte.
     """
-    device = model.embedding.device
+    device = next(model.parameters()).device
     token_bytes = token_bytes.to(device)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     with evaluating(model):
         for batch in batches:
             tokens = batch["tokens"].to(device)
             targets = tokens[:, 1:].reshape(-1)
-            logits = model(tokens[:, :-1])
+            logits = logits_of(model, tokens[:, :-1])
             sums[0] += F.cross_entropy(logits.reshape(targets.numel(), -1).float(), targets, reduction="sum").double()
             sums[1] += token_bytes[targets].sum()
             if watch is not None:
@@ -42,4 +50,4 @@ def bits_per_byte(
     nats, count = sums.tolist()
     if count == 0:
         raise ValueError("the held-out slice holds no byte of text")
-    return nats / math.log(2) / count
+    return float(nats / math.log(2) / count)
