@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ def analyse_factors(
             continue
         fits.append((endpoint, margin, rows, levels, d, y, tests))
         out["left_out"] += [{"endpoint": endpoint, "terms": list(t)} for t in d.left_out]
-        out["cells"] += _cells(endpoint, tables.factors, rows)
+        out["cells"] += _cells(endpoint, tables.factors, rows, {f: _levels(tables, f, rows) for f in tables.factors})
     if not fits:
         return out
     flat = [(i, t) for i, fitted in enumerate(fits) for t in fitted[-1]]
@@ -111,7 +112,7 @@ def _levels(tables: Tables, factor: str, rows: pl.DataFrame) -> list[str]:
     return sorted(kept, key=lambda v: v != base) if base in kept else kept
 
 
-def _cells(endpoint: str, factors: list[str], rows: pl.DataFrame) -> list[dict[str, Any]]:
+def _cells(endpoint: str, factors: list[str], rows: pl.DataFrame, levels: dict[str, list[str]]) -> list[dict[str, Any]]:
     """Cell means of every pair of factors, for interaction plots."""
     out = []
     for a, b in itertools.combinations(factors, 2):
@@ -120,9 +121,21 @@ def _cells(endpoint: str, factors: list[str], rows: pl.DataFrame) -> list[dict[s
             pl.col(endpoint).mean().alias("mean"), pl.len().alias("n")
         )
         for row in groups.iter_rows(named=True):
-            levels = [level_text(row[k]) for k in keys]
-            out.append({"endpoint": endpoint, "factors": [a, b], "levels": levels, "mean": row["mean"], "n": row["n"]})
-    return sorted(out, key=lambda c: (c["factors"], c["levels"]))
+            here = [level_text(row[k]) for k in keys]
+            out.append({"endpoint": endpoint, "factors": [a, b], "levels": here, "mean": row["mean"], "n": row["n"]})
+    places = {f: {v: i for i, v in enumerate(sorted(own, key=_reading_order(own)))} for f, own in levels.items()}
+    return sorted(
+        out, key=lambda c: (c["factors"], [places[f][v] for f, v in zip(c["factors"], c["levels"], strict=True)])
+    )
+
+
+def _reading_order(levels: list[str]) -> Callable[[str], Any]:
+    """Numbers by size, words in the order given."""
+    try:
+        numbers = {v: float(v) for v in levels}
+    except ValueError:
+        return levels.index
+    return numbers.__getitem__
 
 
 def _partners(factor: str, tests: list[effects.Test], adjusted: Any) -> list[str]:

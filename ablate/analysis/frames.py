@@ -76,6 +76,7 @@ TRIAL_NUMBERS = (
     "threads",
 )
 HISTORY_NUMBERS = ("step", "tokens", "bpb", "train_loss", "lr", "n_eff_frac", "dead_frac", "bits_lost")
+PRUNE = {"arm", "seed", "method", "removed_frac", "delta_bpb"}
 STATUSES = {"finished", "diverged", "pruned", "killed"}
 STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
@@ -97,6 +98,7 @@ class Tables:
     trials: pl.DataFrame
     history: pl.DataFrame
     usage: pl.LazyFrame | None
+    prune: pl.DataFrame | None
     digests: dict[str, str]
 
     @property
@@ -148,7 +150,9 @@ def load(name: str, root: Path) -> Tables:
         )
         if path.exists()
     }
-    return Tables(name, study, _plan(plan_path), trials, history, _usage(usage_path, name), digests)
+    prune_path = folder / "prune.parquet"
+    prune = _read(prune_path, name, PRUNE) if prune_path.exists() else None
+    return Tables(name, study, _plan(plan_path), trials, history, _usage(usage_path, name), prune, digests)
 
 
 def _read(path: Path, name: str, required: set[str]) -> pl.DataFrame:

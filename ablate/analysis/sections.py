@@ -183,9 +183,16 @@ def twins(tables: Tables, frame: pl.DataFrame, runs: Runs) -> list[dict[str, Any
                 ids = [runs.run_ids[arm, s] for arm in (first, other) for s in shared]
                 interval = [float(e.low), float(e.high)]
                 out.append(
-                    {"arms": [first, other], "endpoint": endpoint, "effect": float(e.effect), "interval": interval,
-                     "p": float(e.p), "n": len(shared), "run_ids": ids}
-                )  # fmt: skip
+                    {
+                        "arms": [first, other],
+                        "endpoint": endpoint,
+                        "effect": float(e.effect),
+                        "interval": interval,
+                        "p": float(e.p),
+                        "n": len(shared),
+                        "run_ids": ids,
+                    }
+                )
     return out
 
 

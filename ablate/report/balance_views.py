@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from typing import Any
 
 import numpy as np
 import polars as pl
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 
-from ablate.report.context import Context
-from ablate.report.draw import legend, mark, panels, strip, wrap
+from ablate.balance.metrics import bits_lost_by_level
+from ablate.report.context import Context, Usage
+from ablate.report.draw import few_ticks, legend, mark, panels, plain, plotly_mark, strip, wrap
 from ablate.report.parts import Column, Table, View
-from ablate.report.style import DEAD, LOAD, MUTED, new
+from ablate.report.style import DASHES, DEAD, LOAD, MUTED, SIGNED, new
 
 RUN_STUDY = "run `ablate study run studies/{name}.yaml`, then `ablate collect {name}`"
 FLOOR, CEIL = -6.0, 3.0  # log2 of load against an even load, as drawn
@@ -26,10 +31,15 @@ def balance_story(c: Context) -> View:
         view.missing = f"No tree arm with balance measured: {RUN_STUDY.format(name=c.tables.name)}."
         return view
     keys = {
-        "n_eff_frac_start": "n_eff_frac at step 0", "n_eff_frac_min": "at its worst", "n_eff_frac": "at the end",
-        "dead_frac_start": "dead leaves at step 0", "dead_frac_max": "dead at the worst", "dead_frac": "dead at the end",
-        "pruned_frac": "alive at step 0, died, stayed dead", "revived_frac": "died and came back",
-    }  # fmt: skip
+        "n_eff_frac_start": "n_eff_frac at step 0",
+        "n_eff_frac_min": "at its worst",
+        "n_eff_frac": "at the end",
+        "dead_frac_start": "dead leaves at step 0",
+        "dead_frac_max": "dead at the worst",
+        "dead_frac": "dead at the end",
+        "pruned_frac": "alive at step 0, died, stayed dead",
+        "revived_frac": "died and came back",
+    }
     forms = {k: ".3f" if k.startswith("n_eff") else ".1%" for k in keys}
     rows = [
         {"arm": a["label"], "n": a["n"], **{k: a[k]["mean"] if a[k] else None for k in keys}, "runs": a["run_ids"]}
@@ -44,10 +54,9 @@ def balance_story(c: Context) -> View:
     view.tables.append(
         Table("balance_story", "Balance at birth, at its worst and at the end (means over seeds)", columns, rows)
     )
-    view.reading = [f"{a['label']}: {a['reading']}" for a in records] if len(records) <= 20 else [
-        f"{a['label']}: {a['reading']}" for a in records if a["arm"] in c.shown
-    ]  # fmt: skip
-    view.reading.insert(0, overall(records))
+    told = records if len(records) <= 20 else [a for a in records if a["arm"] in c.shown]
+    view.details = ["Arm by arm, in words", *(f"{a['label']}: {a['reading']}" for a in told)]
+    view.reading = [overall(records), *([c.choice] if c.choice else [])]
     return view
 
 
@@ -134,9 +143,17 @@ def usage_map(c: Context) -> View:
             ax.axhline(trees * i - 0.5, color=MUTED, linewidth=0.6)
         ax.set_xticks([0, leaves - 1], ["0", str(leaves - 1)])
         for layer, tree in np.ndindex(layers, trees):
-            rows.append({"arm": arm, "seed": u.seed, "trial": u.trial, "step": u.steps[-1], "layer": layer, "tree":
-            tree,
-                         "counts": " ".join(str(v) for v in u.leaves[-1, layer, tree])})  # fmt: skip
+            rows.append(
+                {
+                    "arm": arm,
+                    "seed": u.seed,
+                    "trial": u.trial,
+                    "step": u.steps[-1],
+                    "layer": layer,
+                    "tree": tree,
+                    "counts": " ".join(str(v) for v in u.leaves[-1, layer, tree]),
+                }
+            )
     view.data["usage_map"] = pl.DataFrame(rows)
     if image is not None:
         bar = figure.colorbar(
@@ -154,6 +171,7 @@ def usage_map(c: Context) -> View:
             figure,
         )
     )
+    view.widgets.append(("usage", usage_data(c, shown)))
     view.reading = [
         t for t in ["A row is one tree, never an average of trees; one seed an arm, the first.", c.choice] if t
     ]
@@ -168,20 +186,309 @@ def log_load(counts: Any) -> Any:
     return np.nan_to_num(np.maximum(load, -20.0), nan=-20.0)
 
 
-def pareto_v1(c: Context) -> View:
-    """Balance against quality, every run a dot."""
-    view = View("pareto", "Balance against quality", "Is balance paid for in bits per byte?")
-    frame = c.outcomes.filter(pl.col("bpb").is_not_null())
-    trees = frame.filter(pl.col("n_eff_frac").is_not_null())
-    figure = new(6.4, 4.4)
-    ax = figure.subplots()
-    for row in trees.filter(pl.col("status") == "finished").iter_rows(named=True):
-        ax.plot(
-            row["n_eff_frac"], row["bpb"], markersize=6, alpha=0.85, linestyle="none", **mark(c.styles.arms[row["arm"]])
+def usage_data(c: Context, shown: list[str]) -> dict[str, Any]:
+    """Loads of every evaluation as bytes, for the slider: 0 no token, else 1 + 254 steps of log2 load from -8 to 8."""
+    out: dict[str, Any] = {"arms": []}
+    for arm in shown:
+        u = c.usage[arm]
+        load = log_load(u.leaves)
+        code = np.where(load <= -20, 0, 1 + np.round((np.clip(load, -8, 8) + 8) / 16 * 254)).astype(np.uint8)
+        out["arms"].append(
+            {
+                "name": c.labels[arm],
+                "seed": u.seed,
+                "run": u.run_id,
+                "steps": u.steps,
+                "shape": list(code.shape),
+                "load": base64.b64encode(code.tobytes()).decode(),
+            }
         )
-    ax.set_xlabel("effective leaves / L (right is better)")
-    ax.set_ylabel("bits per byte (down is better)")
+    return out
+
+
+DRAWN_LEVELS = 6  # of a tree; deeper levels are folded into their ancestors
+
+
+def tree_drawing(c: Context) -> View:
+    """The least balanced tree of each arm, edges by traffic and nodes by gradient skew."""
+    view = View(
+        "tree",
+        "Trees by traffic and gradient skew",
+        "At which node does a tree go wrong, and does the gradient push it there?",
+    )
+    if not c.usage:
+        view.missing = f"No usage table: {RUN_STUDY.format(name=c.tables.name)}."
+        return view
+    shown = [a for a in c.shown if a in c.usage]
+    figure, axes = panels(len(shown), width=2.35, height=1.75, share=False)
+    known = False
+    drawn = []
+    for ax, arm in zip(axes, shown, strict=True):
+        u = c.usage[arm]
+        lost = 1 - _entropy_share(u.leaves[-1])
+        layer, tree = (int(v) for v in np.unravel_index(np.argmax(lost), lost.shape))
+        known |= _draw_tree(ax, u, layer, tree)
+        ax.set_title(wrap(f"{c.labels[arm]}: layer {layer}, tree {tree}", 34))
+        drawn.append(
+            {
+                "name": plain(c.labels[arm]),
+                "run": u.run_id,
+                "seed": u.seed,
+                "layer": layer,
+                "tree": tree,
+                **_tree_data(u),
+            }
+        )
+    norm = Normalize(-1, 1)
+    bar = figure.colorbar(ScalarMappable(norm, SIGNED), ax=axes, location="bottom", shrink=0.5, aspect=40, pad=0.02)
+    bar.set_label("gradient skew of a node (grey: unknown); width of an edge: its share of tokens")
+    bar.outline.set_visible(False)
+    view.figures.append(("tree", "The least balanced tree of each arm at the end of training, first seed", figure))
+    view.widgets.append(("tree", {"arms": drawn, "levels": DRAWN_LEVELS}))
+    view.reading = [
+        t
+        for t in [
+            ""
+            if known
+            else "Gradient skew was not measured for these trees (it needs 30 tokens a side and nodes that contribute).",
+            "Positive skew: tokens sent right push harder on the node's weights than tokens sent left.",
+            c.choice,
+        ]
+        if t
+    ]
+    return view
+
+
+def _entropy_share(counts: Any) -> Any:
+    total = counts.sum(-1, keepdims=True)
+    p = np.divide(counts, total, out=np.zeros(counts.shape), where=total > 0)
+    h = -np.sum(p * np.log2(p, out=np.zeros(p.shape), where=p > 0), axis=-1)
+    return h / max(1.0, np.log2(counts.shape[-1]))
+
+
+def _heap(u: Usage, layer: int, tree: int, step: int = -1) -> Any:
+    return np.concatenate([u.nodes[step, layer, tree], u.leaves[step, layer, tree]])
+
+
+def _draw_tree(ax: Any, u: Usage, layer: int, tree: int) -> bool:
+    levels = min(u.depth, DRAWN_LEVELS)
+    counts = _heap(u, layer, tree).astype(float)
+    share = counts / max(counts[0], 1.0)
+    skew = u.skew[-1, layer, tree]
+    for n in range(1, 2 ** (levels + 1) - 1):
+        parent = (n - 1) // 2
+        (x0, y0), (x1, y1) = _place(parent, levels), _place(n, levels)
+        ax.plot(
+            [x0, x1], [y0, y1], color=MUTED, linewidth=0.25 + 7 * share[n], solid_capstyle="round", alpha=0.55, zorder=1
+        )
+    inner = np.arange(2**levels - 1)
+    spots = np.array([_place(int(n), levels) for n in inner])
+    colours = [SIGNED(0.5 + 0.5 * skew[n]) if np.isfinite(skew[n]) else "#b9bcc4" for n in inner]
+    ax.scatter(
+        spots[:, 0],
+        spots[:, 1],
+        s=6 + 60 * np.sqrt(share[inner]),
+        c=colours,
+        edgecolors=MUTED,
+        linewidths=0.4,
+        zorder=2,
+    )
+    strip(ax)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.set_ylim(-levels - 0.4, 0.5)
+    return bool(np.isfinite(skew).any())
+
+
+def _place(n: int, levels: int) -> tuple[float, float]:
+    level = int(np.log2(n + 1))
+    return (n + 1 - 2**level + 0.5) / 2**level * 2**levels, float(-level)
+
+
+def _tree_data(u: Usage) -> dict[str, Any]:
+    """Shares of all trees' drawn levels and their skews as bytes, for the page's own drawing: last step only."""
+    size = 2 ** (min(u.depth, DRAWN_LEVELS) + 1) - 1
+    counts = np.concatenate([u.nodes[-1], u.leaves[-1]], axis=-1)[..., :size].astype(float)
+    share = np.sqrt(counts / np.maximum(counts[..., :1], 1))
+    skew = np.full(share.shape, np.nan)
+    inner = min(size, u.skew.shape[-1])
+    skew[..., :inner] = u.skew[-1][..., :inner]
+    code = np.where(np.isfinite(skew), 1 + np.round((np.nan_to_num(np.clip(skew, -1, 1)) + 1) / 2 * 254), 0).astype(
+        np.uint8
+    )
+    return {
+        "shape": list(share.shape),
+        "share": base64.b64encode(np.round(share * 255).astype(np.uint8).tobytes()).decode(),
+        "skew": base64.b64encode(code.tobytes()).decode(),
+    }
+
+
+def levels(c: Context) -> View:
+    """Entropy that each tree level loses."""
+    view = View("levels", "Entropy lost per tree level", "Is balance lost near the root or near the leaves?")
+    if not c.usage:
+        view.missing = f"No usage table: {RUN_STUDY.format(name=c.tables.name)}."
+        return view
+    shown = [a for a in c.shown if a in c.usage and c.usage[a].depth > 0]
+    figure = new(7.2, 4.2)
+    first, last = figure.subplots(1, 2, sharey=True)
+    traces, rows = [], []
+    for arm in shown:
+        u, style = c.usage[arm], c.styles.arms[arm]
+        for ax, s in ((first, 0), (last, -1)):
+            lost = bits_lost_by_level(u.leaves[s])
+            mean = np.nanmean(lost, axis=(0, 1))
+            x = list(range(len(mean)))
+            ax.plot(x, mean, linestyle=DASHES[style.dash], linewidth=1.3, markersize=5, **mark(style))
+            worst = lost.reshape(-1, lost.shape[-1])[int(np.nanargmax(np.nansum(lost, axis=-1).ravel()))]
+            rows += [
+                {
+                    "arm": arm,
+                    "seed": u.seed,
+                    "trial": u.trial,
+                    "step": u.steps[s],
+                    "level": d,
+                    "bits_lost": float(mean[d]),
+                    "bits_lost_worst_tree": float(worst[d]),
+                }
+                for d in x
+            ]
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers",
+                "name": plain(c.labels[arm]),
+                "x": x,
+                "y": mean.tolist(),
+                "marker": plotly_mark(style, 7),
+                "line": {"color": style.colour, "dash": ["solid", "dash", "dot", "dashdot"][style.dash]},
+                "hovertemplate": "level %{x}: %{y:.4f}<extra>" + plain(c.labels[arm]) + "</extra>",
+            }
+        )
+    view.data["levels"] = pl.DataFrame(rows)
+    first.set_title("step 0")
+    last.set_title("end of training")
+    first.set_ylabel("bits_lost of the level (they sum to the tree's)")
+    for ax in (first, last):
+        ax.set_xlabel("level (0: the root)")
+        ax.set_xticks(range(max(c.usage[a].depth for a in shown)))
+        ax.set_ylim(bottom=0)
+    legend(figure, c.styles, lines=True, columns=3)
+    view.figures.append(("levels", "Where entropy is lost, mean over layers and trees of the first seed", figure))
+    layout = {
+        "xaxis": {"title": {"text": "level (0: the root), end of training"}, "dtick": 1},
+        "yaxis": {"title": {"text": "bits_lost of the level"}, "rangemode": "tozero"},
+        "height": 480,
+    }
+    view.plots.append(("levels", {"data": traces, "layout": layout}))
+    ends = {a: np.nanmean(bits_lost_by_level(c.usage[a].leaves[-1]), axis=(0, 1)) for a in shown}
+    view.reading = [
+        f"{c.labels[a]}: level {int(np.argmax(v))} loses most ({v.max():.3f} of {v.sum():.3f} in all)."
+        for a, v in list(ends.items())[:8]
+    ] + ([c.choice] if c.choice else [])
+    return view
+
+
+def skew(c: Context) -> View:
+    """Gradient skew of nodes against the nominal asymmetry of the arm's activation, and against router offset."""
+    view = View(
+        "skew",
+        "Gradient skew against activation asymmetry",
+        "Do asymmetric activations push nodes to one side, and less so once the nonlinearity sits after the sum?",
+    )
+    points = []
+    for arm, u in c.usage.items():
+        values = np.abs(u.skew[-1][np.isfinite(u.skew[-1])])
+        if len(values):
+            points.append(
+                (arm, _asymmetry(c, arm), float(values.mean()), float(np.nanmean(np.abs(u.offset[-1]))), len(values))
+            )
+    if not points:
+        view.missing = (
+            f"No gradient skew in tables/{c.tables.name}/usage.parquet (nodes must contribute and see 30 tokens a side): "
+            f"{RUN_STUDY.format(name=c.tables.name)}."
+        )
+        return view
+    rows = [
+        {"arm": c.labels[a], "asymmetry": g, "skew": s, "offset": o, "nodes": n, "runs": [c.usage[a].run_id]}
+        for a, g, s, o, n in points
+    ]
+    columns = [
+        Column("arm", "arm"),
+        Column(
+            "asymmetry",
+            "nominal asymmetry G",
+            ".2f",
+            "of the node activation: ReLU 1, GELU .69, SiLU .59, mirror ±1 and tanh 0",
+        ),
+        Column("skew", "mean |skew|", ".3f"),
+        Column("offset", "router offset", ".3f"),
+        Column("nodes", "nodes", "d"),
+        Column("runs", "runs", "runs"),
+    ]
+    view.tables.append(Table("skew", "Nodes with known skew at the end of training, first seed", columns, rows))
+    figure = new(7.2, 4.0)
+    left, right = figure.subplots(1, 2, sharey=True)
+    for a, g, s, o, _ in points:
+        if g is not None:
+            left.plot(g, s, linestyle="none", markersize=7, **mark(c.styles.arms[a]))
+        right.plot(o, s, linestyle="none", markersize=7, **mark(c.styles.arms[a]))
+    left.set_xlabel("nominal gradient asymmetry G")
+    left.set_xlim(-0.05, 1.05)
+    left.set_ylabel("mean absolute gradient skew")
+    left.set_ylim(0, 1.15 * max(s for _, _, s, _, _ in points))
+    few_ticks(right)
+    right.set_xlabel("mean router offset")
     legend(figure, c.styles, columns=3)
-    view.figures.append(("pareto", "Every run: balance against quality", figure))
-    view.data["pareto"] = trees.select("arm", "seed", "trial", "n_eff_frac", "bpb", "status")
+    view.figures.append(("skew", "Skew of node gradients at the end of training, an arm a mark", figure))
+    view.reading = [
+        "Placement is part of the mark: compare `unit` (before the sum) with `tree` and `sum` (after it) at equal asymmetry.",
+        c.choice,
+    ]
+    view.reading = [t for t in view.reading if t]
+    return view
+
+
+ASYMMETRY = {"relu": 1.0, "gelu": 0.69, "gelu_tanh": 0.69, "silu": 0.59, "relu2": 1.0, "tanh": 0.0}
+
+
+def _asymmetry(c: Context, arm: str) -> float | None:
+    """Nominal G of an arm's nodes where it is tabulated (mirror 0, or an odd or even curve); None in between."""
+    config = next(iter(c.tables.trials.filter(pl.col("arm") == arm)["config"].drop_nulls()), None)
+    tree = (json.loads(config).get("tree") or {}) if config else {}
+    s = tree.get("mirror", 0.0) if tree.get("node_mirror") is None else tree["node_mirror"]
+    if s in (1, -1):
+        return 0.0
+    return ASYMMETRY.get(tree.get("activation", "gelu")) if s == 0 else None
+
+
+def flips(c: Context) -> View:
+    """How many tokens still change their leaf, and agreement with the end beyond chance."""
+    view = View("flips", "Flips and saturation of routing", "Does routing settle, and when?")
+    have = [k for k in ("flip_rate", "saturation") if k in c.tables.history.columns]
+    history = c.tables.history.filter(pl.col("arm").is_in(c.shown) & (pl.col("kind") == "arm"))
+    have = [k for k in have if history[k].count()]
+    if not have:
+        view.missing = (
+            f"No flip_rate or saturation in tables/{c.tables.name}/history.parquet: they need a probe of single tokens during "
+            f"training; {RUN_STUDY.format(name=c.tables.name)}."
+        )
+        return view
+    figure = new(7.2, 4.0)
+    axes = np.atleast_1d(figure.subplots(1, len(have)))
+    names = {
+        "flip_rate": "share of tokens whose leaf changed since the last evaluation",
+        "saturation": "agreement with the last evaluation beyond chance (κ)",
+    }
+    means = history.group_by("arm", "step").agg(pl.col(k).mean() for k in have).sort("arm", "step")
+    view.data["flips"] = means
+    for ax, key in zip(axes, have, strict=True):
+        for arm in c.shown:
+            part, style = means.filter((pl.col("arm") == arm) & pl.col(key).is_not_null()), c.styles.arms[arm]
+            ax.plot(part["step"], part[key], linestyle=DASHES[style.dash], linewidth=1.3, markersize=4, **mark(style))
+        ax.set_title(wrap(names[key], 40))
+        ax.set_xlabel("optimizer step")
+        ax.set_ylim(-0.03, 1.03)
+    legend(figure, c.styles, lines=True, columns=3)
+    view.figures.append(("flips", "Routing over training, means over seeds", figure))
     return view

@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Callable
 from html import escape
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,30 @@ from markupsafe import Markup
 from ablate.analysis.findings import analyse, write
 from ablate.analysis.frames import canonical, load
 from ablate.config import ConfigError
-from ablate.report import balance_views, parts, style
+from ablate.report import balance_views, effect_views, parts, quality_views, run_views, style
 from ablate.report.context import Context
 from ablate.report.parts import View
 
 TEMPLATES = Path(__file__).parent / "templates"
 VIEWS: list[Callable[[Context], View]] = [
+    effect_views.verdicts,
+    quality_views.pareto,
     balance_views.balance_story,
-    balance_views.pareto_v1,
+    effect_views.main_effects,
+    effect_views.interactions,
     balance_views.usage_map,
+    balance_views.tree_drawing,
     balance_views.trajectories,
+    balance_views.levels,
+    balance_views.skew,
+    balance_views.flips,
+    quality_views.prune_test,
+    quality_views.losses,
+    run_views.power,
+    quality_views.cost,
+    run_views.provenance,
 ]
+"""In the order a reader asks."""
 
 
 def build(name: str, root: Path, address: str | None = None) -> Path:
@@ -80,6 +94,7 @@ def _figures(views: list[View], folder: Path) -> dict[str, str]:
     for view in views:
         for name, _, figure in view.figures:
             pictures[name] = style.svg(figure)
+            figure.set_layout_engine("none")  # laid out once; the PNG takes it as it is
             write(folder / "figures" / f"{name}.svg", pictures[name])
             (folder / "figures" / f"{name}.png").write_bytes(style.png(figure))
     return pictures
@@ -104,9 +119,9 @@ def _markdown(c: Context, views: list[View]) -> str:
     for view in views:
         lines += [f"## {md(view.title)}", "", f"*{md(view.question)}*", ""]
         if view.missing:
-            lines += [view.missing, ""]
-        for text in view.reading:
-            lines += [f"- {md(text)}"]
+            lines += [parts.markdown_prose(view.missing), ""]
+        for text in [*view.reading, *view.details[1:]]:
+            lines += [f"- {parts.markdown_prose(text)}"]
         lines += [""] if view.reading else []
         for name, caption, _ in view.figures:
             lines += [f"![{md(caption)}](figures/{name}.png)", ""]
@@ -119,18 +134,33 @@ def _page(c: Context, views: list[View], pictures: dict[str, str]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
+    environment.filters["prose"] = parts.prose
+    plots: dict[str, Any] = {}
+    widgets: dict[str, Any] = {}
     sections = []
     for view in views:
+        plots |= dict(view.plots)
+        widgets |= dict(view.widgets)
         figures = [
-            {"name": name, "caption": caption, "svg": Markup(style.inline(pictures[name], name, escape(caption)))}
+            {
+                "name": name,
+                "caption": caption,
+                "svg": Markup(style.inline(pictures[name], name, escape(caption))),
+                "plot": name in dict(view.plots),
+            }
             for name, caption, _ in view.figures
         ]
         tables = [Markup(parts.html_table(t, c.address)) for t in view.tables]
-        sections.append({"view": view, "figures": figures, "tables": tables})
-    scripts: list[str] = []
+        sections.append({"view": view, "figures": figures, "tables": tables, "widgets": [k for k, _ in view.widgets]})
+    scripts = [_plotly(), (TEMPLATES / "report.js").read_text(encoding="utf-8")]
+    for script in scripts:
+        if "</script" in script.lower() or "<!--" in script:
+            raise AssertionError("a script that would end its own element cannot be embedded")
     hashes = ["'sha256-" + base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() + "'" for s in scripts]
-    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
-    policy += f"; script-src {' '.join(hashes)}" if hashes else ""
+    policy = (
+        f"default-src 'none'; script-src {' '.join(hashes)}; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
+        "form-action 'none'"
+    )
     return environment.get_template("report.html.j2").render(
         title=c.findings["title"] or c.tables.name,
         study=c.tables.name,
@@ -139,5 +169,26 @@ def _page(c: Context, views: list[View], pictures: dict[str, str]) -> str:
         policy=policy,
         css=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
         scripts=[Markup(s) for s in scripts],
-        data=Markup(canonical({})),
+        data=Markup(_data({"plots": themed(plots), "widgets": widgets})),
     )
+
+
+def _plotly() -> str:
+    """Plotly's bundle, in a form that may stand inside a script element."""
+    text = (resources.files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
+    return re.sub(r"</(script)", r"<\\/\1", text, flags=re.I).replace("<!--", r"\x3c!--")
+
+
+def _data(data: dict[str, Any]) -> str:
+    """A JSON block; no text in it can end the element or start a comment."""
+    compact = json.dumps(json.loads(canonical(data)), separators=(",", ":"), ensure_ascii=False)
+    return f'<script type="application/json" id="data">{compact.replace("<", chr(92) + "u003c")}</script>'
+
+
+def themed(data: Any) -> Any:
+    """Plot specifications with the palette's colours as CSS variables, which the page resolves by theme."""
+    if isinstance(data, dict):
+        return {k: themed(v) for k, v in data.items()}
+    if isinstance(data, list):
+        return [themed(v) for v in data]
+    return style.VARIABLES.get(data, data) if isinstance(data, str) else data

@@ -61,6 +61,11 @@ class Context:
         return {a["arm"]: a["label"] for a in self.findings["arms"]}
 
     @cached_property
+    def kinds(self) -> dict[str, str]:
+        """arm, control or search."""
+        return {a["arm"]: a["kind"] for a in self.findings["arms"]}
+
+    @cached_property
     def styles(self) -> Styles:
         """Marks of all arms."""
         return assign(self.tables, self.order, self.labels)

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ablate.report.style import DASHES, GRID, MARKERS, MUTED, PLOTLY_MARKERS, ArmStyle, Styles, new
+from ablate.report.style import DASHES, MARKERS, MUTED, PLOTLY_MARKERS, ArmStyle, Styles, new
 
 
 def panels(
@@ -58,18 +58,20 @@ def legend(figure: Figure, styles: Styles, *, lines: bool = False, columns: int 
     """The arms' marks, under the figure."""
     handles = []
     for name, style in styles.legend:
-        dash = DASHES[style.dash] if lines else "none"
+        dash: Any = DASHES[style.dash] if lines else "none"
         handles.append(Line2D([], [], label=wrap(name, 34, 2), markersize=6, linestyle=dash, **mark(style)))
     if handles:
         figure.legend(handles=handles, loc="outside lower center", ncols=min(columns, len(handles)))
 
 
 def ellipse(x: Sequence[float], y: Sequence[float], points: int = 60) -> tuple[Any, Any] | None:
-    """95% confidence ellipse of a mean of paired seeds (Hotelling's T², n >= 3); None where it has no area."""
+    """95% confidence ellipse of a mean of paired seeds (Hotelling's T², n >= 5); None under five seeds or without
+    area.
+    """
     from scipy import stats
 
     n = len(x)
-    if n < 3:
+    if n < 5:  # at three it is wider than the figure
         return None
     cov = np.cov(np.array([x, y]))
     values, vectors = np.linalg.eigh(cov)
@@ -79,6 +81,18 @@ def ellipse(x: Sequence[float], y: Sequence[float], points: int = 60) -> tuple[A
     angle = np.linspace(0, 2 * np.pi, points)
     circle = vectors @ (radius[:, None] * np.array([np.cos(angle), np.sin(angle)]))
     return np.mean(x) + circle[0], np.mean(y) + circle[1]
+
+
+def few_ticks(*axes: Axes, count: int = 5) -> None:
+    """At most `count` steps on the x axis, so that labels never touch."""
+    for ax in axes:
+        ax.locator_params(axis="x", nbins=count)
+
+
+def versus(name: str, other: str, width: int = 60) -> str:
+    """A comparison's tick label: broken before the second name where it is long."""
+    one = f"{name}  vs  {other}"
+    return one if len(one) <= width else f"{wrap(name, width, 1)}\nvs {wrap(other, width, 1)}"
 
 
 def note(ax: Axes, text: str) -> None:
@@ -99,4 +113,6 @@ def strip(ax: Axes) -> None:
     ax.tick_params(length=0, colors=MUTED)
 
 
-__all__ = ["GRID", "ellipse", "legend", "mark", "note", "panels", "plotly_mark", "strip", "wrap", "zero"]
+def plain(text: str) -> str:
+    """A name for plotly, which reads a few tags and %{…} in labels: neither is left."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("%{", "% {")

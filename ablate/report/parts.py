@@ -10,9 +10,10 @@ from html import escape
 from typing import Any
 
 import polars as pl
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
-SHOWN_IDS = 8
+SHOWN_IDS = 3
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class View:
     title: str
     question: str
     reading: list[str] = field(default_factory=list)
+    details: list[str] = field(default_factory=list)
+    """A heading and longer sentences, folded away in the page."""
     figures: list[tuple[str, str, Figure]] = field(default_factory=list)
     """File name without ending, caption, figure."""
     plots: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
@@ -103,11 +106,14 @@ def _html_cell(column: Column, value: Any, address: str | None, first: bool) -> 
         text = run_links([str(v) for v in value], address)
     if column.key == "verdict":
         text = f'<span class="verdict {text}">{text}</span>'
-    return f'<th scope="row">{text}</th>' if first else f"<td{_align(column)}>{text}</td>"
+    if first:
+        return f'<th scope="row">{text}</th>'
+    kind = _align(column) or (' class="long"' if len(text) > 60 and column.form == "text" else ' class="t"')
+    return f"<td{kind}>{text}</td>"
 
 
 def run_links(ids: list[str], address: str | None) -> str:
-    """Short run ids as HTML, at most eight, each linking to MLflow where its address is known."""
+    """Short run ids as HTML, at most three, each linking to MLflow where its address is known."""
     shown = []
     for i in ids[:SHOWN_IDS]:
         short = f"<code>{escape(i[:8])}</code>"
@@ -115,6 +121,17 @@ def run_links(ids: list[str], address: str | None) -> str:
         shown.append(f'<a href="{escape(address or "")}/#/runs/{i}">{short}</a>' if known else short)
     more = f" +{len(ids) - SHOWN_IDS}" if len(ids) > SHOWN_IDS else ""
     return f'<span class="runs">{" ".join(shown)}{more}</span>'
+
+
+def prose(text: str) -> Markup:
+    """A sentence as HTML, escaped, with `commands` in backticks as code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text)))
+
+
+def markdown_prose(text: str) -> str:
+    """A sentence as Markdown, escaped, with `commands` in backticks as code spans."""
+    parts = re.split(r"`([^`]+)`", " ".join(text.split()))
+    return "".join(f"`{p}`" if i % 2 else markdown(p) for i, p in enumerate(parts))
 
 
 def markdown(text: str) -> str:
@@ -156,16 +173,9 @@ def latex_table(table: Table) -> str:
         " & ".join(latex(text_of(r.get(c.key), c.form)) for c in columns) + r" \\" for r in table.rows[: table.limit]
     ]
     head = " & ".join(latex(c.title) for c in columns) + r" \\"
-    return "\n".join(
-        [
-            r"\begin{table}",
-            r"\centering",
-            rf"\caption{{{latex(table.caption)}}}",
-            rf"\begin{{tabular}}{{{spec}}}",
-            r"\toprule",
-        ]
-        + [head, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""]
-    )
+    caption = rf"\caption{{{latex(table.caption)}}}"
+    start = [r"\begin{table}", r"\centering", caption, rf"\begin{{tabular}}{{{spec}}}", r"\toprule", head, r"\midrule"]
+    return "\n".join([*start, *rows, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
 
 
 def frame_of(table: Table) -> pl.DataFrame:

@@ -25,6 +25,10 @@ LOAD = LinearSegmentedColormap.from_list("load", ["#08306b", "#4292c6", "#f7f7f5
 SIGNED = LinearSegmentedColormap.from_list("signed", ["#0072b2", "#f7f7f5", "#d55e00"])
 DEAD = "#101014"
 
+VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)", PAPER: "var(--paper)"}
+VARIABLES |= {colour: f"var(--c{i})" for i, colour in enumerate(COLOURS)}
+"""Palette colours as the page's CSS variables, which have values for light and dark."""
+
 RC: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -87,10 +91,8 @@ def inline(text: str, prefix: str, label: str) -> str:
     body = re.sub(r'(xlink:href|href)="#([^"]+)"', rf'\1="#{prefix}-\2"', body)
     body = re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}-\1)", body)
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.S)
-    variables = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"}
-    variables |= {colour: f"--c{i}" for i, colour in enumerate(COLOURS)}
-    for colour, variable in variables.items():
-        body = body.replace(colour, f"var({variable})")
+    for colour, variable in VARIABLES.items():
+        body = body.replace(colour, variable)
     body = re.sub(r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', r'<svg viewBox="\1" xmlns="http://www.w3.org/2000/svg" '
                   r'xmlns:xlink="http://www.w3.org/1999/xlink" role="img">', body, count=1)  # fmt: skip
     return body.replace('role="img">', f'role="img" aria-label="{label}">', 1).strip()

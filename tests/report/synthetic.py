@@ -4,6 +4,7 @@ check.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from pathlib import Path
@@ -143,7 +144,7 @@ def _one(
     trial = {
         **common,
         "status": "diverged" if row["diverged"] else "finished",
-        "run_id": f"{int(row['trial'], 16):032x}",
+        "run_id": hashlib.md5(f"{name}{row['trial']}".encode()).hexdigest(),
         **{f"factor.{k}": values[k] for k in keys},
         "lr": row["lr"],
         "config": json.dumps(config),
