@@ -1,0 +1,168 @@
+"""The newcomer's pipeline as a whole: real DVC, real Optuna and MLflow databases, real training, a real browser."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import polars as pl
+import pytest
+from polars.testing import assert_frame_equal
+
+from tests.browser import chromium
+
+ROOT = Path(__file__).parents[2]
+TINY = """
+title: A tiny study
+design: factorial
+base:
+  corpus: {max_documents: 40, vocab_size: 300}
+  model: {d_model: 16, blocks: 1, heads: 2, context: 32}
+  tree: {trees: 1, depth: 2, leaf_width: 1}
+  train: {steps: 8, batch_size: 4, eval_every: 4, eval_tokens: 1024, checkpoint_every: 2}
+factors: {tree.mirror: [0, 1]}
+seeds: [0]
+"""
+ENVIRONMENT = {
+    **os.environ,
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    "DVC_NO_ANALYTICS": "true",
+    "OPTUNA_STORAGE": "",
+    "MLFLOW_TRACKING_URI": "",
+}
+for name in ("OPTUNA_STORAGE", "MLFLOW_TRACKING_URI"):
+    ENVIRONMENT.pop(name)
+
+
+def make_project(folder: Path, studies: dict[str, str], *, git: bool) -> Path:
+    """A checkout's pipeline with studies of its own."""
+    folder.mkdir(parents=True)
+    (folder / "ablate").symlink_to(ROOT / "ablate")
+    shutil.copy(ROOT / "dvc.yaml", folder)
+    (folder / "studies").mkdir()
+    for name, text in studies.items():
+        (folder / "studies" / f"{name}.yaml").write_text(text)
+    (folder / "params.yaml").write_text(json.dumps({"studies": list(studies)}))
+    if git:
+        subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+    subprocess.run(["dvc", "init", "-q", *([] if git else ["--no-scm"])], cwd=folder, check=True, env=ENVIRONMENT)
+    return folder
+
+
+def dvc(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["dvc", *arguments], cwd=folder, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def trials(folder: Path, name: str = "tiny") -> pl.DataFrame:
+    changing = ["run_id", "seconds", "tokens_per_second"]
+    return pl.read_parquet(folder / "tables" / name / "trials.parquet").drop(changing)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_project(tmp_path_factory.mktemp("whole") / "project", {"tiny": TINY}, git=True)
+    dvc(folder, "repro")
+    return folder
+
+
+def test_one_command_gives_runs_tables_findings_and_a_report(project: Path) -> None:
+    table = trials(project)
+    assert table["status"].to_list() == ["finished"] * 2
+    assert table["bpb"].is_between(3, 9).all()
+    findings = json.loads((project / "reports/tiny/findings.json").read_text())
+    assert {f["verdict"] for f in findings["findings"]} <= {"supported", "refuted", "inconclusive"}
+    report = (project / "reports/tiny/report.md").read_text()
+    pictures = list((project / "reports/tiny/figures").glob("*.png"))
+    assert pictures
+    assert all(p.stat().st_size > 5000 for p in pictures)
+    assert "A tiny study" in report
+    assert "A tiny study" in (project / "reports/tiny/index.html").read_text()
+
+
+def test_nothing_changed_means_nothing_runs(project: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in (project / "results").rglob("*.json")}
+    assert "Data and pipelines are up to date." in dvc(project, "repro")
+    assert before == {p: p.stat().st_mtime_ns for p in (project / "results").rglob("*.json")}
+
+
+def test_editing_one_study_runs_that_study_only(project: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in (project / "results" / "tiny").glob("*.json") if p.name != "plan.json"}
+    (project / "studies/other.yaml").write_text(TINY.replace("[0, 1]", "[1]"))
+    (project / "params.yaml").write_text(json.dumps({"studies": ["tiny", "other"]}))
+    dvc(project, "repro")
+    (project / "studies/other.yaml").write_text(TINY.replace("[0, 1]", "[1, 0.5]"))
+    said = dvc(project, "repro")
+    assert "Running stage 'study@other'" in said
+    assert "Stage 'study@tiny' didn't change, skipping" in said
+    assert "Stage 'report@tiny' didn't change, skipping" in said
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+    assert trials(project, "other").height == 2
+
+
+def test_killed_in_the_middle_and_repeated_gives_the_same_table(project: Path, tmp_path: Path) -> None:
+    longer = TINY.replace("steps: 8", "steps: 60").replace("seeds: [0]", "seeds: [0, 1]").replace("checkpoint_every: 2", "checkpoint_every: 10")
+    whole = make_project(tmp_path / "whole", {"tiny": longer}, git=False)
+    killed = make_project(tmp_path / "killed", {"tiny": longer}, git=False)
+    for folder in (whole, killed):
+        (folder / "data").symlink_to(project / "data")
+    dvc(whole, "repro", "collect@tiny")
+    running = subprocess.Popen(
+        ["dvc", "repro", "collect@tiny"], cwd=killed, env=ENVIRONMENT, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not list((killed / "state" / "trials").glob("*/last.ckpt")) and time.monotonic() < deadline:
+        assert running.poll() is None, "the study ended before it could be killed"
+        time.sleep(0.02)
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+    before = {p.name for p in (killed / "results" / "tiny").glob("*.json")} - {"plan.json"}
+    assert len(before) < 4
+    dvc(killed, "repro", "collect@tiny")
+    assert_frame_equal(trials(killed), trials(whole))
+
+
+@pytest.mark.browser
+def test_mlflow_ui_shows_the_study_its_trials_and_their_metrics(project: Path, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = subprocess.Popen(
+        ["ablate", "ui", "--port", str(port)], cwd=project, env=ENVIRONMENT, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        assert server.stdout is not None
+        assert server.stdout.readline().startswith(f"MLflow at http://127.0.0.1:{port} ")
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline:
+            with socket.socket() as client:
+                if client.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.2)
+        table = pl.read_parquet(project / "tables/tiny/trials.parquet")
+        with chromium() as browser:
+            page = browser.new_page(viewport={"width": 1500, "height": 900})
+            page.goto(f"http://127.0.0.1:{port}/#/experiments", timeout=60_000)
+            page.get_by_role("link", name="tiny").first.click(timeout=60_000)
+            page.get_by_text("mirror=1").first.wait_for(timeout=60_000)
+            page.screenshot(path=tmp_path / "runs.png")
+            run_id = table.filter(pl.col("arm") == "mirror=1")["run_id"][0]
+            page.get_by_text("mirror=1").first.click()
+            page.get_by_text(run_id).first.wait_for(timeout=60_000)
+            page.get_by_text("n_eff_frac", exact=True).first.wait_for(timeout=60_000)
+            bpb = table.filter(pl.col("run_id") == run_id)["bpb"][0]
+            page.get_by_text(f"{bpb:.3f}"[:4]).first.wait_for(timeout=60_000)
+            page.screenshot(path=tmp_path / "run.png")
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait()
