@@ -71,7 +71,7 @@ class Contender:
     train: Callable[[Tensor], Tensor] | None = None
     forward_share: float = 1.0
     train_share: float = 1.0
-    """Share of the tokens that is timed, where the cost is linear in tokens and all would take minutes; 0 leaves it out."""
+    """Share of the tokens that is timed, where cost is linear in tokens and all would take minutes; 0 leaves it out."""
 
 
 def tokens(shape: Shape, routing: str, device: str, dtype: torch.dtype) -> Tensor:

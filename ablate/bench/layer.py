@@ -56,7 +56,7 @@ def run(
     """Median seconds of every contender at named shapes, taken in turn within one run; correctness is asserted first.
 
     Rows: shape, pass, contender, threads, routing, seconds (median), runs; printed as JSON lines or as tables, and
-    drawn to `plot` if given. Where a contender's cost is linear in tokens and minutes long, a share of them is timed. On
+    drawn to `plot` if given. Where a cost is linear in tokens and minutes long, a share of them is timed. On
     `cuda` numbers are bfloat16, times are between CUDA events, and rows also have device, dtype, tflops and gbytes (per
     second, useful work only) and roofline (fraction of the bound, None where the device's peaks are not known). Raises
     KeyError for an unknown shape and AssertionError on a wrong result.

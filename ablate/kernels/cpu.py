@@ -7,17 +7,18 @@ reference does. Threads are torch's (`torch.get_num_threads`); results are bitwi
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ablate.kernels import cpu_kernels as kernels
 from ablate.kernels.activations import phi, phi_slope
+from ablate.kernels.cpu_pointwise import CODES, code
 from ablate.kernels.spec import TreeSpec
-from ablate.kernels.threads import run_on_threads
+from ablate.kernels.threads import advise_huge_pages, run_on_threads
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -37,7 +38,7 @@ def forward(
     z, leaves = _down(x, w_in, b, thresholds, leaves, spec, spec.path)
     n, d = x.shape
     if spec.placement == "unit":
-        y = _up(_hidden(z, spec), w_out, leaves, spec, 0, spec.trees)
+        y = _up(z, w_out, leaves, spec, 0, spec.trees)
     elif spec.placement == "sum":
         y = phi(_up(z, w_out, leaves, spec, 0, spec.trees), spec.activation, spec.mirror, spec.leaf_gain)
     else:
@@ -74,7 +75,7 @@ def backward(
     needs_x, needs_in, needs_b, needs_out = needs
     x, w_in, b, w_out, gy = _plain(x), _plain(w_in), _plain(b), _plain(w_out), _plain(gy)
     leaves = leaves.contiguous()
-    gx = torch.zeros_like(x) if needs_x else x.new_empty(0, x.shape[1])
+    gx = _empty(*x.shape, like=x) if needs_x else x.new_empty(0, x.shape[1])
     gw_in = torch.empty_like(w_in) if needs_in or needs_b else w_in.new_empty(0, 0, x.shape[1])
     gb = w_in.new_empty(w_in.shape[:2]) if needs_in or needs_b else w_in.new_empty(0, 0)
     gw_out = torch.empty_like(w_out) if needs_out else w_out.new_empty(0, *w_out.shape[1:])
@@ -83,15 +84,12 @@ def backward(
         gb[:, : spec.nodes] = 0
     results = (gx, gw_in, gb, gw_out)
     if spec.placement == "unit":
-        h, slopes = _hidden(responses, spec), _slopes(responses, spec)
-        _chain(gy, x, w_in, w_out, leaves, h, slopes, results, needs, spec, 0, spec.trees)
+        _chain(gy, x, w_in, w_out, leaves, responses, results, needs, spec, 0, spec.trees)
     else:
-        ranges = [(0, spec.trees)] if spec.placement == "sum" else [(k, k + 1) for k in range(spec.trees)]
-        ones = torch.ones_like(responses)
-        for k0, k1 in ranges:
+        for k0, k1 in [(0, spec.trees)] if spec.placement == "sum" else [(k, k + 1) for k in range(spec.trees)]:
             summed = _up(responses, w_out, leaves, spec, k0, k1)
             gs = phi_slope(summed, spec.activation, spec.mirror, spec.leaf_gain).mul_(gy)
-            _chain(gs, x, w_in, w_out, leaves, responses, ones, results, needs, spec, k0, k1)
+            _chain(gs, x, w_in, w_out, leaves, responses, results, needs, spec, k0, k1)
     wanted = (gx, gw_in, gb if b is not None else None, gw_out)
     return tuple(  # type: ignore[return-value]
         g.to(dtype) if g is not None and n else None for g, n in zip(wanted, needs, strict=True)
@@ -104,22 +102,24 @@ def _chain(
     w_in: Tensor,
     w_out: Tensor,
     leaves: Tensor,
-    h: Tensor,
-    slopes: Tensor,
+    z: Tensor,
     results: tuple[Tensor, Tensor, Tensor, Tensor],
     needs: tuple[bool, ...],
     spec: TreeSpec,
     k0: int,
     k1: int,
 ) -> None:
-    """Write the gradients of trees k0..k1 into `results` (gx is added to), where y = sum h(z) w_out exactly."""
+    """Write the gradients of trees k0..k1 into `results` (gx is added to from tree 1 on).
+
+    `gy` is the gradient of what the units' outputs are added up to.
+    """
     gx, gw_in, gb, gw_out = results
     needs_x, needs_out = needs[0], needs[3]
     needs_in = needs[1] or needs[2]
     tail = (k0, k1, spec.depth, spec.leaf_width)
-    dz = torch.empty_like(slopes)
+    dz, acts = torch.empty_like(z), _activations(spec)
     if needs_x or needs_in:
-        _launch(kernels.back, gy, w_out, w_in, slopes, leaves, dz, gx, True, needs_x, *tail, _block(gy.shape[0], spec))
+        _launch(kernels.back, gy, w_out, w_in, z, acts, leaves, dz, gx, needs_x, *tail, _block(gy.shape[0], spec))
     if needs_in or needs_out:
         n, d = x.shape
         trees, chunks = spec.trees, max(1, min(16 // (k1 - k0), n // 128))
@@ -129,7 +129,9 @@ def _chain(
         rows = np.empty((trees, chunks, 2, spec.path), np.int64)
         wants = (needs_in, needs_out)
         _launch(kernels.sort, leaves, k0, k1, starts, order)
-        _launch(kernels.gradients, x, gy, h, dz, order, starts, gw_in, gb, True, gw_out, partial, rows, *wants, *tail)
+        _launch(
+            kernels.gradients, x, gy, z, acts, dz, order, starts, gw_in, gb, True, gw_out, partial, rows, *wants, *tail
+        )
         _launch(kernels.join, gw_in, gb, True, gw_out, partial, rows, *wants, *tail)
 
 
@@ -156,11 +158,27 @@ def _down(
     return z, taken
 
 
-def _up(h: Tensor, w_out: Tensor, leaves: Tensor, spec: TreeSpec, k0: int, k1: int) -> Tensor:
-    """sum_u h_u w_out[u] over the paths in trees k0..k1: [N, d]."""
-    y = h.new_empty(h.shape[0], w_out.shape[2])
-    _launch(kernels.up, h, w_out, leaves, y, k0, k1, spec.depth, spec.leaf_width, _block(h.shape[0], spec))
+def _up(z: Tensor, w_out: Tensor, leaves: Tensor, spec: TreeSpec, k0: int, k1: int) -> Tensor:
+    """What the units on the paths in trees k0..k1 add up to: [N, d]."""
+    y = _empty(z.shape[0], w_out.shape[2], like=z)
+    block = _block(z.shape[0], spec)
+    _launch(kernels.up, z, _activations(spec), w_out, leaves, y, k0, k1, spec.depth, spec.leaf_width, block)
     return y
+
+
+def _activations(spec: TreeSpec) -> NDArray[np.float64]:
+    """The kernels' table [2, 3] of what units do: nodes, then leaf units; linear where phi comes after the sum."""
+    if spec.placement != "unit":
+        return np.array([[CODES["linear"], 0.0, 1.0]] * 2)
+    node = code(spec.activation, spec.node_mirror, spec.node_gain)
+    return np.array([node, code(spec.activation, spec.mirror, spec.leaf_gain)])
+
+
+def _empty(rows: int, columns: int, *, like: Tensor) -> Tensor:
+    """An uninitialised [rows, columns]. Large ones ask for huge pages: faults of 4 KiB cost more than filling them."""
+    t = like.new_empty(rows, columns)
+    advise_huge_pages(t.data_ptr(), t.nbytes)
+    return t
 
 
 def _block(tokens: int, spec: TreeSpec) -> int:
@@ -179,20 +197,3 @@ def _plain(t: Any) -> Any:
     if t is None:
         return None
     return t.detach().to(torch.float64 if t.dtype == torch.float64 else torch.float32).contiguous()
-
-
-def _halves(z: Tensor, spec: TreeSpec, function: Callable[..., Tensor]) -> Tensor:
-    """phi or its slope: nodes with the nodes' mirror and gain, leaf units with theirs."""
-    leaf = (spec.activation, spec.mirror, spec.leaf_gain)
-    node = (spec.activation, spec.node_mirror, spec.node_gain)
-    if leaf == node or spec.depth == 0:
-        return function(z, *leaf)
-    return torch.cat([function(z[..., : spec.depth], *node), function(z[..., spec.depth :], *leaf)], dim=-1)
-
-
-def _hidden(z: Tensor, spec: TreeSpec) -> Tensor:
-    return _halves(z, spec, phi)
-
-
-def _slopes(z: Tensor, spec: TreeSpec) -> Tensor:
-    return _halves(z, spec, phi_slope)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import numba as nb
 import numpy as np
 
+from ablate.kernels.cpu_pointwise import phi, slope
 from ablate.kernels.cpu_vector import (
     ROWS,
     combine1,
@@ -119,6 +120,30 @@ def _by_leaf(leaves, k, t0, t1, starts, order):
 
 
 @_jit
+def _activate(z, count, A, width, acts, slopes, out, part):
+    """out = phi(z), or its slope, for z [count, A] flat; acts[0] is for nodes, acts[1] for the last `width` columns."""
+    nodes = A - width
+    if nodes == 0 or (acts[0, 0] == acts[1, 0] and acts[0, 1] == acts[1, 1] and acts[0, 2] == acts[1, 2]):
+        if slopes:
+            slope(z, count * A, acts[1], out)
+        else:
+            phi(z, count * A, acts[1], out)
+        return
+    for half in range(2):
+        first, size = (0, nodes) if half == 0 else (nodes, width)
+        for i in range(count):
+            for u in range(size):
+                part[0, i * size + u] = z[i * A + first + u]
+        if slopes:
+            slope(part[0], count * size, acts[half], part[1])
+        else:
+            phi(part[0], count * size, acts[half], part[1])
+        for i in range(count):
+            for u in range(size):
+                out[i * A + first + u] = part[1, i * size + u]
+
+
+@_jit
 def down(counter, x, w_in, b, has_bias, thresholds, has_thresholds, leaves, given, z, depth, width, block):
     """Route, or follow given leaves: z[n, k, :] on the path (its last axis decides whether leaf units are wanted).
 
@@ -210,8 +235,8 @@ def down(counter, x, w_in, b, has_bias, thresholds, has_thresholds, leaves, give
 
 
 @_jit
-def up(counter, h, w_out, leaves, y, k0, k1, depth, width, block):
-    """y[n] = sum over trees k0..k1 and the path's A units of h · w_out. A task is a block of tokens."""
+def up(counter, z, acts, w_out, leaves, y, k0, k1, depth, width, block):
+    """y[n] = sum over trees k0..k1 and the path's A units of phi(z) · w_out. A task is a block of tokens."""
     N, d = y.shape
     P = depth + width
     has_nodes = w_out.shape[1] > (width << depth)
@@ -224,6 +249,8 @@ def up(counter, h, w_out, leaves, y, k0, k1, depth, width, block):
     ws = np.empty(A, np.int64)
     ys = np.empty(CHUNK, np.int64)
     coef = np.empty(CHUNK * A, y.dtype)
+    taken = np.empty(CHUNK * A, y.dtype)
+    part = np.empty((2, CHUNK * A), y.dtype)
     while True:
         task = fetch_add(counter)
         if task >= blocks:
@@ -244,14 +271,18 @@ def up(counter, h, w_out, leaves, y, k0, k1, depth, width, block):
                         t = order[p + i]
                         ys[i] = y.ctypes.data + t * step
                         for u in range(A):
-                            coef[i * A + u] = h[t, k, P - A + u]
+                            taken[i * A + u] = z[t, k, P - A + u]
+                    _activate(taken, count, A, width, acts, False, coef, part)
                     _sums(ws, 0, A, coef, A, 1, ys, count, d, k > k0)
                     p += count
 
 
 @_jit
-def back(counter, gy, w_out, w_in, slopes, leaves, dz, gx, add, wants_gx, k0, k1, depth, width, block):
-    """dz[n, k, :] = slope · <gy, w_out> on the path, and gx[n] (+)= sum dz · w_in. A task is a block of tokens."""
+def back(counter, gy, w_out, w_in, z, acts, leaves, dz, gx, wants_gx, k0, k1, depth, width, block):
+    """dz[n, k, :] = phi'(z) · <gy, w_out> on the path, and gx[n] = sum dz · w_in, added to from the second tree on.
+
+    A task is a block of tokens.
+    """
     N, d = gy.shape
     P = depth + width
     has_nodes = w_out.shape[1] > (width << depth)
@@ -265,6 +296,9 @@ def back(counter, gy, w_out, w_in, slopes, leaves, dz, gx, add, wants_gx, k0, k1
     gs = np.empty(CHUNK, np.int64)
     xs = np.empty(CHUNK, np.int64)
     coef = np.empty(CHUNK * A, gy.dtype)
+    taken = np.empty(CHUNK * A, gy.dtype)
+    slopes = np.empty(CHUNK * A, gy.dtype)
+    part = np.empty((2, CHUNK * A), gy.dtype)
     scratch = np.empty(16, gy.dtype)
     while True:
         task = fetch_add(counter)
@@ -290,12 +324,17 @@ def back(counter, gy, w_out, w_in, slopes, leaves, dz, gx, add, wants_gx, k0, k1
                     for i in range(count):
                         t = order[p + i]
                         for u in range(A):
-                            g = coef[i * A + u] * slopes[t, k, P - A + u]
+                            taken[i * A + u] = z[t, k, P - A + u]
+                    _activate(taken, count, A, width, acts, True, slopes, part)
+                    for i in range(count):
+                        t = order[p + i]
+                        for u in range(A):
+                            g = coef[i * A + u] * slopes[i * A + u]
                             coef[i * A + u] = g
                             dz[t, k, P - A + u] = g
                     if wants_gx:
                         _path(leaf, depth, width, M, in_base, step, True, ws)
-                        _sums(ws, P - A, A, coef, A, 1, xs, count, d, add or k > k0)
+                        _sums(ws, P - A, A, coef, A, 1, xs, count, d, k > 0)
                     p += count
 
 
@@ -311,7 +350,7 @@ def sort(counter, leaves, k0, k1, starts, order):
 
 @_jit
 def gradients(
-    counter, x, gy, h, dz, order, starts, gw_in, gb, has_bias, gw_out, partial, rows, wants_in, wants_out, k0, k1,
+    counter, x, gy, z, acts, dz, order, starts, gw_in, gb, has_bias, gw_out, partial, rows, wants_in, wants_out, k0, k1,
     depth, width,
 ):  # fmt: skip
     """gw_in, gb and gw_out as sums over each row's segment of sorted tokens. A task is (tree, chunk of that order).
@@ -338,6 +377,8 @@ def gradients(
     node = np.empty(P, np.int64)
     dz_part = np.empty(CHUNK * A, x.dtype)
     h_part = np.empty(CHUNK * A, x.dtype)
+    taken = np.empty(CHUNK * A, x.dtype)
+    part = np.empty((2, CHUNK * A), x.dtype)
     while True:
         task = fetch_add(counter)
         if task >= (k1 - k0) * C:
@@ -393,7 +434,7 @@ def gradients(
                     gs[i] = gy.ctypes.data + t * step
                     for u in range(A):
                         dz_part[i * A + u] = dz[t, k, first + u]
-                        h_part[i * A + u] = h[t, k, first + u]
+                        taken[i * A + u] = z[t, k, first + u]
                 if wants_in:
                     _sums(xs, 0, count, dz_part, 1, A, into[first:], A, d, True)
                     if has_bias:
@@ -406,6 +447,7 @@ def gradients(
                             else:
                                 partial[k, c, biases[first + u], first + u, 0, d] += total
                 if wants_out:
+                    _activate(taken, count, A, width, acts, False, h_part, part)
                     _sums(gs, 0, count, h_part, 1, A, outof[first:], A, d, True)
                 p += count
 
