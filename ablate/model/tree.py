@@ -111,7 +111,7 @@ class TreeFeedForward(nn.Module):
             if self.tree.init == "orthogonal":
                 mean = self.w_in.new_zeros(self.w_in.shape[-1])
                 self.w_in[:, : self.spec.nodes] = self._orthogonal(mean)
-        self._freeze_router()
+        self.freeze_router()
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
@@ -124,7 +124,7 @@ class TreeFeedForward(nn.Module):
             self.b[:, :nodes] = init.median_bias(x, self.w_in[:, :nodes], self.spec.depth)
         if self.tree.router_input == "centred":
             self.input_mean.copy_(x.mean(0))
-        self._freeze_router()
+        self.freeze_router()
 
     def forward(self, x: Tensor) -> Tensor:
         """Y [..., d] of x [..., d], in x's dtype (autocast's where it is on)."""
@@ -185,6 +185,10 @@ class TreeFeedForward(nn.Module):
             self.thresholds.add_(torch.where(reached, move, torch.zeros_like(move)))
         if self.tree.router_input == "centred" and self._inputs[-1] > 0:
             self.input_mean.lerp_(self._inputs[:-1] / self._inputs[-1], RUNNING)
+        self.forget_step()
+
+    def forget_step(self) -> None:
+        """Drop what the optimizer step under way has seen so far."""
         self._seen.zero_()
         self._inputs.zero_()
 
@@ -227,7 +231,8 @@ class TreeFeedForward(nn.Module):
         generator = torch.Generator().manual_seed(self._generator.initial_seed() ^ 0x0A7)
         return init.orthogonal_nodes(self.spec.trees, self.spec.depth, mean, generator)
 
-    def _freeze_router(self) -> None:
+    def freeze_router(self) -> None:
+        """With `router: frozen`, decide by the present node weights from now on."""
         if self.router_w is not None:
             self.router_w.copy_(self.w_in.detach()[:, : self.spec.nodes])
         if self.router_b is not None and self.b is not None:

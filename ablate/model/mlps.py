@@ -1,0 +1,253 @@
+"""Finding the MLP blocks of a model somebody else wrote, reading their weights, and putting trees in their place.
+
+F is an MLP's number of hidden units (its "dense neurons"); d the width it reads and writes.
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ablate.config import ConfigError
+from ablate.kernels.activations import base
+from ablate.kernels.spec import Activation
+from ablate.model.dense import DenseFeedForward
+from ablate.model.tree import TreeFeedForward
+
+ACTIVATIONS: tuple[Activation, ...] = ("gelu", "gelu_tanh", "relu", "relu2", "silu", "tanh")
+TOLERANCE = 1e-4
+"""Relative difference up to which a block's own output and the formula read out of it are held to be the same."""
+
+
+class TreeMlp(nn.Module):
+    """What stands where an MLP stood: dropout(tree(x) + bias) over x [..., d].
+
+    The bias [d] belongs to the wrapper: a tree layer has no output bias, most MLPs have one.
+    """
+
+    def __init__(self, tree: TreeFeedForward, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.tree = tree
+        self.bias = nn.Parameter(tree.w_out.new_zeros(tree.w_out.shape[-1]))
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Y [..., d] of x [..., d]."""
+        return F.dropout(self.tree(x) + self.bias, self.dropout, self.training)
+
+
+@dataclass(frozen=True)
+class DenseMlp:
+    """Weights of one MLP, float32, CPU: y = h w_out + b_out, h = f(x w_in^T + b_in), times (x up^T + b_up) if gated."""
+
+    w_in: Tensor
+    """[F, d]; of a gated MLP the gate's rows."""
+    b_in: Tensor
+    """[F]."""
+    w_out: Tensor
+    """[F, d]."""
+    b_out: Tensor
+    """[d]; zero where the block has none."""
+    activation: Activation
+    up: Tensor | None = None
+    """[F, d], gated MLPs only."""
+    b_up: Tensor | None = None
+
+    @property
+    def gated(self) -> bool:
+        """Whether a second projection multiplies the activations (Llama, Qwen; GLU variants, arXiv 2002.05202)."""
+        return self.up is not None
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """H [N, F] of x [N, d]."""
+        h = base(F.linear(x, self.w_in, self.b_in), self.activation)
+        return h if self.up is None else h * F.linear(x, self.up, self.b_up)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Y [N, d] of x [N, d]."""
+        return self.hidden(x) @ self.w_out + self.b_out
+
+
+@dataclass(frozen=True)
+class Found:
+    """One MLP of a model: its name, its weights, and where the tree goes."""
+
+    name: str
+    """Dotted name of the module that the tree replaces."""
+    mlp: DenseMlp
+    dropout: float
+    """Dropout of the block on its output."""
+    pass_through: tuple[str, ...] = ()
+    """Names of modules that do nothing any more: OPT's layers hold fc1, activation and fc2 side by side."""
+
+
+def find_mlps(model: nn.Module, layers: Iterable[int] | str | Sequence[str] | None = None) -> list[Found]:
+    """The MLPs of a model in module order, all of them, those at the given places, or those that match name patterns.
+
+    Patterns are shell-style (`fnmatch`) over dotted module names. Raises ConfigError where nothing matches, where a
+    place does not exist, and where a pattern names a module that cannot be read as an MLP, with the reason.
+    """
+    patterns = [layers] if isinstance(layers, str) else layers
+    if patterns is not None and all(isinstance(p, str) for p in patterns):
+        return _by_pattern(model, [str(p) for p in patterns])
+    found: list[Found] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{f.name}.") for f in found):
+            continue
+        read = _read(name, module)
+        if isinstance(read, Found):
+            found.append(read)
+    if not found:
+        what = "no MLP that can be read (two projections with an activation between them, or three if gated)"
+        raise ConfigError(f"layers: {type(model).__name__} has {what}")
+    if layers is None:
+        return found
+    places = [int(i) for i in layers]
+    for i in places:
+        if not -len(found) <= i < len(found):
+            raise ConfigError(f"layers has {i}: the model has {len(found)} MLPs, 0 to {len(found) - 1}")
+    return [found[i] for i in sorted({i % len(found) for i in places})]
+
+
+def replace(model: nn.Module, name: str, pass_through: Iterable[str], new: nn.Module) -> None:
+    """Put a module in the place of another, by dotted name; modules named in `pass_through` become identities."""
+    for target, module in ((name, new), *((p, nn.Identity()) for p in pass_through)):
+        parent, _, child = target.rpartition(".")
+        setattr(model.get_submodule(parent), child, module)
+
+
+def _by_pattern(model: nn.Module, patterns: list[str]) -> list[Found]:
+    found: list[Found] = []
+    for pattern in patterns:
+        names = [n for n, _ in model.named_modules() if n and fnmatch.fnmatchcase(n, pattern)]
+        if not names:
+            raise ConfigError(f"layers is {pattern!r}: no module of {type(model).__name__} has such a name")
+        for name in names:
+            read = _read(name, model.get_submodule(name))
+            if not isinstance(read, Found):
+                raise ConfigError(f"layers is {pattern!r}: module {name!r} cannot be replaced: {read}")
+            if all(read.name != f.name for f in found):
+                found.append(read)
+    order = {n: i for i, (n, _) in enumerate(model.named_modules())}
+    return sorted(found, key=lambda f: order[f.name])
+
+
+def _read(name: str, module: nn.Module) -> Found | str:
+    """The module as an MLP, or why it is none."""
+    if isinstance(module, TreeMlp | TreeFeedForward):
+        return "it is a tree already"
+    if isinstance(module, DenseFeedForward):
+        return _own(name, module)
+    if all(isinstance(getattr(module, part, None), nn.Module) for part in ("fc1", "fc2", "activation_fn")):
+        own = {"fc1", "fc2", "activation_fn"}
+        if any(child not in own and any(m.parameters()) for child, m in module.named_children()):
+            return _inline(name, module)
+    return _block(name, module)
+
+
+def _own(name: str, module: DenseFeedForward) -> Found | str:
+    dense = module.dense
+    if dense.mirror or module.gain != 1.0:
+        return f"its activation has mirror {dense.mirror} and gain {module.gain}; a plain one (0 and 1) is expected"
+    zero = module.w_in.new_zeros(module.w_in.shape[0])
+    b = zero if module.b is None else module.b
+    w_out = _plain(module.w_out)
+    mlp = DenseMlp(_plain(module.w_in), _plain(b), w_out, w_out.new_zeros(w_out.shape[1]), dense.activation)
+    return Found(name, mlp, 0.0)
+
+
+def _inline(name: str, module: nn.Module) -> Found | str:
+    """A decoder layer that computes fc2(activation_fn(fc1(x))) itself (OPT)."""
+    first, second = _projection(module.get_submodule("fc1")), _projection(module.get_submodule("fc2"))
+    if first is None or second is None:
+        return "its fc1 and fc2 are not linear"
+    if getattr(module, "activation_dropout", 0.0):
+        return "it drops out hidden units: set activation_dropout to 0 first"
+    activation = _activation(module.get_submodule("activation_fn"))
+    if activation is None:
+        return f"its activation {module.get_submodule('activation_fn')} is not one of {', '.join(ACTIVATIONS)}"
+    mlp = DenseMlp(first[0], first[1], second[0].T.contiguous(), second[1], activation)
+    return Found(f"{name}.fc1", mlp, 0.0, (f"{name}.activation_fn", f"{name}.fc2"))
+
+
+def _block(name: str, module: nn.Module) -> Found | str:
+    """A module that is an MLP and nothing else; what is read out of it must reproduce its output on random input."""
+    linears = {n: p for n, m in module.named_children() if (p := _projection(m)) is not None}
+    others = [m for m in module.children() if _projection(m) is None and not isinstance(m, nn.Dropout)]
+    if len(linears) not in (2, 3) or any(True for m in others for _ in m.parameters()):
+        return f"it has {len(linears)} projections and {len(others)} other parts; two or three projections are expected"
+    parts = list(linears.values())
+    d = parts[0][0].shape[1]
+    out = parts[-1]
+    if out[0].shape[0] != d or any(w.shape != (out[0].shape[1], d) for w, _ in parts[:-1]):
+        shapes = ", ".join(f"{n} {tuple(w.shape)}" for n, (w, _) in linears.items())
+        return f"its projections do not go from one width to F units and back: {shapes}"
+    w_out, b_out = out[0].T.contiguous(), out[1]
+    # The closest of all candidates, so that the two forms of GELU, and a gate and its factor, are not mistaken.
+    pairs = [(parts[0], ())] if len(parts) == 2 else [(parts[0], parts[1]), (parts[1], parts[0])]
+    candidates = [DenseMlp(*first, w_out, b_out, f, *up) for f in ACTIVATIONS for first, up in pairs]
+    difference = _differences(module, candidates)
+    best = min(range(len(candidates)), key=difference.__getitem__)
+    if difference[best] > TOLERANCE:
+        known = ", ".join(ACTIVATIONS)
+        return f"{type(module).__name__} computes something else than down(f(up(x))), with f one of {known}"
+    drops = [(n, m.p) for n, m in module.named_children() if isinstance(m, nn.Dropout)]
+    last = list(dict(module.named_children()))[-1]
+    if any(p for n, p in drops if n != last):
+        return f"it drops out hidden units ({', '.join(n for n, _ in drops)}): set that to 0 first"
+    return Found(name, candidates[best], dict(drops).get(last, 0.0))
+
+
+def _projection(module: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """Weight [out, in] and bias [out] of nn.Linear or Hugging Face's Conv1D (stored as [in, out]); None for others."""
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if isinstance(module, nn.Linear):
+        w = _plain(module.weight)
+    elif type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.ndim == 2:
+        w = _plain(weight).T.contiguous()
+    else:
+        return None
+    return w, _plain(bias) if isinstance(bias, Tensor) else w.new_zeros(w.shape[0])
+
+
+@torch.no_grad()
+def _activation(f: Callable[[Tensor], Any]) -> Activation | None:
+    """The name of an activation, by its values; GELU's two forms differ by up to 5e-4, far over 1e-6."""
+    z = torch.linspace(-6, 6, 241)
+    try:
+        values = f(z)
+    except (RuntimeError, TypeError, ValueError):
+        return None
+    if not isinstance(values, Tensor) or values.shape != z.shape:
+        return None
+    for name in ACTIVATIONS:
+        if torch.allclose(values, base(z, name), atol=1e-6, rtol=1e-6):
+            return name
+    return None
+
+
+@torch.no_grad()
+def _differences(module: nn.Module, candidates: list[DenseMlp]) -> list[float]:
+    """Largest differences between a module's output on random input and the candidates', over its spread."""
+    own = copy.deepcopy(module).float().cpu().eval()
+    x = torch.randn(64, candidates[0].w_in.shape[1], generator=torch.Generator().manual_seed(0))
+    x = x * (2 / F.linear(x, candidates[0].w_in).std().clamp(min=1e-6))
+    try:
+        y = own(x)
+    except (TypeError, RuntimeError, ValueError, IndexError):
+        return [math.inf] * len(candidates)
+    if not isinstance(y, Tensor) or y.shape != x.shape:
+        return [math.inf] * len(candidates)
+    return [float((y - mlp(x)).abs().max() / y.std().clamp(min=1e-12)) for mlp in candidates]
+
+
+def _plain(t: Tensor) -> Tensor:
+    return t.detach().float().cpu().clone()
