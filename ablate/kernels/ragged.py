@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ablate.kernels import ragged_kernels as kernels
 from ablate.kernels.activations import phi, phi_slope
-from ablate.kernels.cpu import _block, _hidden, _launch, _plain, _slopes
+from ablate.kernels.cpu import _activations, _block, _empty, _launch, _plain
 from ablate.kernels.op import _SPEC_FIELDS, Backend, TreeOutput, _spec
 from ablate.kernels.spec import TreeSpec
 
@@ -254,13 +254,13 @@ def _down(
     return z, taken
 
 
-def _up(h: Tensor, w_out: Tensor, leaves: Tensor, shape: Shape, spec: TreeSpec, k0: int, k1: int) -> Tensor:
-    """sum_u h_u w_out[u] over the paths in trees k0..k1: [N, d]."""
-    y = h.new_empty(h.shape[0], w_out.shape[1])
+def _up(z: Tensor, w_out: Tensor, leaves: Tensor, shape: Shape, spec: TreeSpec, k0: int, k1: int) -> Tensor:
+    """What the units on the paths in trees k0..k1 add up to: [N, d]."""
+    y = _empty(z.shape[0], w_out.shape[1], like=z)
     out_nodes = len(shape.branches) if spec.node_output else 0
     _launch(
-        kernels.up, h, w_out, out_nodes, leaves, y, shape.trees, shape.paths, shape.lengths, k0, k1, spec.depth,
-        spec.leaf_width, _block(h.shape[0], spec),
+        kernels.up, z, _activations(spec), w_out, out_nodes, leaves, y, shape.trees, shape.paths, shape.lengths, k0, k1,
+        spec.depth, spec.leaf_width, _block(z.shape[0], spec),
     )  # fmt: skip
     return y
 
@@ -298,7 +298,7 @@ def _forward_op(
     x, w_in, b, w_out = _plain(x), _plain(w_in), _plain(b), _plain(w_out)
     z, taken = _down(x, w_in, b, thresholds, leaves, at, spec, units=True, all_nodes=True)
     if spec.placement == "unit":
-        y = _up(_hidden(z, spec), w_out, taken, at, spec, 0, trees)
+        y = _up(z, w_out, taken, at, spec, 0, trees)
     else:
         parts = [
             phi(_up(z, w_out, taken, at, spec, *r), spec.activation, spec.mirror, spec.leaf_gain) for r in _ranges(spec)
@@ -349,26 +349,12 @@ def _backward_op(
     x, w_in, w_out, gy = _plain(x), _plain(w_in), _plain(w_out), _plain(gy)
     grads = torch.zeros_like(x), torch.zeros_like(w_in), w_in.new_zeros(len(w_in)), torch.zeros_like(w_out)
     if spec.placement == "unit":
-        _chain(
-            gy,
-            x,
-            w_in,
-            w_out,
-            leaves,
-            _hidden(responses, spec),
-            _slopes(responses, spec),
-            grads,
-            needs,
-            at,
-            spec,
-            0,
-            trees,
-        )
+        _chain(gy, x, w_in, w_out, leaves, responses, grads, needs, at, spec, 0, trees)
     else:
         for k0, k1 in _ranges(spec):
             summed = _up(responses, w_out, leaves, at, spec, k0, k1)
             gs = phi_slope(summed, spec.activation, spec.mirror, spec.leaf_gain).mul_(gy)
-            _chain(gs, x, w_in, w_out, leaves, responses, torch.ones_like(responses), grads, needs, at, spec, k0, k1)
+            _chain(gs, x, w_in, w_out, leaves, responses, grads, needs, at, spec, k0, k1)
     wanted = [n and (i != 2 or b is not None) for i, n in enumerate(needs)]
     return tuple(g.to(dtype) if n else x.new_empty(0) for g, n in zip(grads, wanted, strict=True))  # type: ignore[return-value]
 
@@ -387,8 +373,7 @@ def _chain(
     w_in: Tensor,
     w_out: Tensor,
     leaves: Tensor,
-    h: Tensor,
-    slopes: Tensor,
+    z: Tensor,
     grads: tuple[Tensor, Tensor, Tensor, Tensor],
     needs: Sequence[bool],
     shape: Shape,
@@ -396,14 +381,14 @@ def _chain(
     k0: int,
     k1: int,
 ) -> None:
-    """Add the gradients of trees k0..k1 to `grads`, where y = sum h(z) w_out exactly."""
+    """Add the gradients of trees k0..k1 to `grads`; `gy` is that of what the units' outputs are added up to."""
     gx, gw_in, gb, gw_out = grads
     nodes, n = len(shape.branches), x.shape[0]
     out_nodes = nodes if spec.node_output else 0
     wants_in, wants_out = needs[1] or needs[2], needs[3]
-    dz = torch.zeros_like(slopes)
+    dz, acts = torch.zeros_like(z), _activations(spec)
     _launch(
-        kernels.back, gy, w_out, out_nodes, w_in, slopes, leaves, dz, gx, needs[0], shape.trees, shape.paths,
+        kernels.back, gy, w_out, out_nodes, w_in, z, acts, leaves, dz, gx, needs[0], shape.trees, shape.paths,
         shape.lengths, nodes, k0, k1, spec.depth, spec.leaf_width, _block(n, spec),
     )  # fmt: skip
     if wants_in or wants_out:
@@ -412,7 +397,7 @@ def _chain(
         asked = torch.where((shape.tree_of >= k0) & (shape.tree_of < k1), shape.tree_of, -1)
         _launch(kernels.sort, leaves, shape.trees, k0, k1, starts, order)
         _launch(
-            kernels.gradients, x, gy, h, dz, order, starts, asked, shape.levels, shape.spans, gw_in, gb, gw_out,
+            kernels.gradients, x, gy, z, acts, dz, order, starts, asked, shape.levels, shape.spans, gw_in, gb, gw_out,
             out_nodes, wants_in, wants_out, spec.depth, spec.leaf_width,
         )  # fmt: skip
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import numba as nb
 import numpy as np
 
-from ablate.kernels.cpu_kernels import CHUNK, _products, _sums
+from ablate.kernels.cpu_kernels import CHUNK, _activate, _products, _sums
 from ablate.kernels.cpu_vector import dots11, dots41, dots81, fetch_add
 
 _jit = nb.njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
@@ -151,8 +151,8 @@ def down(
 
 
 @_jit
-def up(counter, h, w_out, out_nodes, leaves, y, trees, paths, lengths, k0, k1, depth, width, block):
-    """y[n] = sum over trees k0..k1 and the path's units with outputs of h · w_out. A task is a block of tokens."""
+def up(counter, z, acts, w_out, out_nodes, leaves, y, trees, paths, lengths, k0, k1, depth, width, block):
+    """y[n] = sum over trees k0..k1 and the path's units with outputs of phi(z) · w_out. A task is a block of tokens."""
     N, d = y.shape
     step = d * y.itemsize
     blocks = (N + block - 1) // block
@@ -161,6 +161,8 @@ def up(counter, h, w_out, out_nodes, leaves, y, trees, paths, lengths, k0, k1, d
     ws = np.empty(depth + width, np.int64)
     ys = np.empty(CHUNK, np.int64)
     coef = np.empty(CHUNK * (depth + width), y.dtype)
+    taken = np.empty(CHUNK * (depth + width), y.dtype)
+    part = np.empty((2, CHUNK * (depth + width)), y.dtype)
     while True:
         task = fetch_add(counter)
         if task >= blocks:
@@ -184,19 +186,20 @@ def up(counter, h, w_out, out_nodes, leaves, y, trees, paths, lengths, k0, k1, d
                         t = order[p + i]
                         ys[i] = y.ctypes.data + t * step
                         for u in range(length):
-                            coef[i * A + u] = h[t, k, u]
+                            taken[i * A + u] = z[t, k, u]
                         for u in range(width):
-                            coef[i * A + length + u] = h[t, k, depth + u]
+                            taken[i * A + length + u] = z[t, k, depth + u]
+                    _activate(taken, count, A, width, acts, False, coef, part)
                     _sums(ws, 0, A, coef, A, 1, ys, count, d, k > k0)
                     p += count
 
 
 @_jit
 def back(
-    counter, gy, w_out, out_nodes, w_in, slopes, leaves, dz, gx, wants_gx, trees, paths, lengths, nodes, k0, k1, depth,
+    counter, gy, w_out, out_nodes, w_in, z, acts, leaves, dz, gx, wants_gx, trees, paths, lengths, nodes, k0, k1, depth,
     width, block,
 ):  # fmt: skip
-    """dz[n, k, :] = slope · <gy, w_out> on the path, and gx[n] += sum dz · w_in. A task is a block of tokens."""
+    """dz[n, k, :] = phi'(z) · <gy, w_out> on the path, and gx[n] += sum dz · w_in. A task is a block of tokens."""
     N, d = gy.shape
     step = d * gy.itemsize
     blocks = (N + block - 1) // block
@@ -206,6 +209,9 @@ def back(
     gs = np.empty(CHUNK, np.int64)
     xs = np.empty(CHUNK, np.int64)
     coef = np.empty(CHUNK * (depth + width), gy.dtype)
+    taken = np.empty(CHUNK * (depth + width), gy.dtype)
+    slopes = np.empty(CHUNK * (depth + width), gy.dtype)
+    part = np.empty((2, CHUNK * (depth + width)), gy.dtype)
     scratch = np.empty(16, gy.dtype)
     while True:
         task = fetch_add(counter)
@@ -233,8 +239,13 @@ def back(
                     for i in range(count):
                         t = order[p + i]
                         for u in range(A):
+                            taken[i * A + u] = z[t, k, u if u < length else depth + u - length]
+                    _activate(taken, count, A, width, acts, True, slopes, part)
+                    for i in range(count):
+                        t = order[p + i]
+                        for u in range(A):
                             column = u if u < length else depth + u - length
-                            g = coef[i * A + u] * slopes[t, k, column]
+                            g = coef[i * A + u] * slopes[i * A + u]
                             coef[i * A + u] = g
                             dz[t, k, column] = g
                     if wants_gx:
@@ -255,7 +266,7 @@ def sort(counter, leaves, trees, k0, k1, starts, order):
 
 @_jit
 def gradients(
-    counter, x, gy, h, dz, order, starts, tree_of, node_levels, spans, gw_in, gb, gw_out, out_nodes, wants_in,
+    counter, x, gy, z, acts, dz, order, starts, tree_of, node_levels, spans, gw_in, gb, gw_out, out_nodes, wants_in,
     wants_out, depth, width,
 ):  # fmt: skip
     """gw_in, gb and gw_out (zeroed by the caller) as sums over each row's segment of sorted tokens.
@@ -272,6 +283,8 @@ def gradients(
     outof = np.empty(max(1, width), np.int64)
     dz_part = np.empty(CHUNK * width, x.dtype)
     h_part = np.empty(CHUNK * width, x.dtype)
+    taken = np.empty(CHUNK * width, x.dtype)
+    part = np.empty((2, CHUNK * width), x.dtype)
     while True:
         task = fetch_add(counter)
         if task >= tree_of.shape[0]:
@@ -297,7 +310,7 @@ def gradients(
                 gs[i] = gy.ctypes.data + t * step
                 for j in range(rows):
                     dz_part[i * rows + j] = dz[t, k, column + j]
-                    h_part[i * rows + j] = h[t, k, column + j]
+                    taken[i * rows + j] = z[t, k, column + j]
             if wants_in:
                 _sums(xs, 0, count, dz_part, 1, rows, into, rows, d, True)
                 for j in range(rows):
@@ -306,5 +319,7 @@ def gradients(
                         total += dz_part[i * rows + j]
                     gb[row + j] += total
             if wants_out:
+                # A node stands as one column without leaf units behind it.
+                _activate(taken, count, rows, 0 if task < nodes else width, acts, False, h_part, part)
                 _sums(gs, 0, count, h_part, 1, rows, outof, rows, d, True)
             p += count
