@@ -183,6 +183,8 @@ class Train(Section):
     """auto: bf16 on a GPU, fp32 on a CPU."""
     backend: Literal["auto", "reference"] = "auto"
     """How tree layers are computed; reference is the plain PyTorch definition."""
+    activation_checkpointing: bool = False
+    """Keep only each block's input for the backward pass and compute the rest again: less memory, about a third slower."""
     eval_every: Positive = 50
     """Steps between evaluations; step 0 and the last step are always evaluated."""
     eval_tokens: Positive = 65536
@@ -233,6 +235,16 @@ class Trial(Section):
         return digest(self.model_dump(mode="json"))
 
 
+_BILLION = {
+    "batch_size": 512,
+    "accumulate": 64,
+    "lr": 2e-4,
+    "steps": 25000,
+    "eval_every": 1000,
+    "eval_tokens": 262144,
+    "activation_checkpointing": True,
+}
+
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "nano": {
         "model": {"d_model": 128, "blocks": 4, "heads": 4, "context": 256},
@@ -247,6 +259,20 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "model": {"d_model": 768, "blocks": 12, "heads": 12, "context": 1024},
         "tree": {"trees": 4, "depth": 8, "leaf_width": 2},
         "train": {"batch_size": 512, "accumulate": 16, "lr": 6e-4, "steps": 19000, "eval_every": 1000, "eval_tokens": 262144},
+        "corpus": {"vocab_size": 50257},
+    },
+    # Blocks, width, heads, context and vocabulary of OPT-1.3B and of GPT-3 XL; in a micro-batch of 8, a million tokens a step.
+    "opt-1.3b": {
+        "model": {"d_model": 2048, "blocks": 24, "heads": 32, "context": 2048},
+        "tree": {"trees": 8, "depth": 8, "leaf_width": 3, "activation": "relu"},
+        "dense": {"activation": "relu"},
+        "train": _BILLION,
+        "corpus": {"vocab_size": 50272},
+    },
+    "gpt-1.3b": {
+        "model": {"d_model": 2048, "blocks": 24, "heads": 16, "context": 2048},
+        "tree": {"trees": 8, "depth": 8, "leaf_width": 3},
+        "train": _BILLION,
         "corpus": {"vocab_size": 50257},
     },
 }
@@ -321,7 +347,7 @@ class Study(Section):
     title: str = ""
     notes: str = ""
     design: Literal["search", "factorial", "one_at_a_time", "confirm"] = "factorial"
-    preset: Literal["nano", "small", "gpt2-small"] = "nano"
+    preset: Literal["nano", "small", "gpt2-small", "opt-1.3b", "gpt-1.3b"] = "nano"
     base: dict[str, Any] = {}
     """Sections of a trial (corpus, model, tree, dense, train), over the preset."""
     factors: dict[str, Factor] = {}

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ablate.config import Trial
 from ablate.kernels.op import Backend
@@ -97,6 +98,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(trial, _child(generator), backend) for _ in range(trial.model.blocks))
         self.norm = nn.RMSNorm(trial.model.d_model)
         self.context = trial.model.context
+        self.checkpointing = trial.train.activation_checkpointing
 
     def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """Logits [B, T, V] of int64 ids [B, T], which follow what the cache holds (it then holds them too)."""
@@ -106,8 +108,9 @@ class Transformer(nn.Module):
         """What the logits are made of, [B, T, d] of ids [B, T]: for callers that need logits of some positions only."""
         x = F.embedding(tokens, self.embedding)
         if cache is None:
+            again = self.checkpointing and self.training and torch.is_grad_enabled()
             for block in self.blocks:
-                x = block(x)
+                x = checkpoint(block, x, use_reentrant=False) if again else block(x)
         else:
             cache.begin(*tokens.shape)
             for layer, block in enumerate(self.blocks):
