@@ -121,8 +121,13 @@ def serve(root: Path, port: int = 5000, uri: str | None = None) -> int:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
             raise ConfigError(f"port is {port}: it cannot be used ({error.strerror}); choose another") from None
-    prepare_store(uri)
-    print(f"MLflow at http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
+    studies = prepare_store(uri).search_experiments(order_by=["name"])
+    address = f"http://127.0.0.1:{port}"
+    print(f"MLflow at {address} (Ctrl-C ends it)", flush=True)
+    for study in studies:
+        # Without the workflow type MLflow 3 opens an experiment on its pages for prompts and traces, not on its runs.
+        if study.name != "Default":
+            print(f"  {study.name}: {address}/#/experiments/{study.experiment_id}/runs?workflowType=machine_learning", flush=True)
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", "127.0.0.1"]
     command += ["--port", str(port), "--workers", "1"]
     try:
