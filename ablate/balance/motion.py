@@ -164,16 +164,15 @@ class _NodeMeans:
 
 
 class MotionRecorder:
-    """Call it at every evaluation with the step and the model; `table` then holds the split between neighbours."""
+    """`run_trial(..., watch=recorder)` calls it at every evaluation; `table` holds the split between neighbours."""
 
-    def __init__(self, batches: Sequence[Tensor]) -> None:
-        self.batches = list(batches)
+    def __init__(self) -> None:
         self.table = pl.DataFrame(schema=MOTION_SCHEMA)
         self._last: tuple[int, list[Snapshot]] | None = None
 
-    def __call__(self, step: int, model: nn.Module) -> None:
-        """Compare the model with itself at the call before."""
-        now = snapshots(model, self.batches)
+    def __call__(self, step: int, model: nn.Module, batches: Sequence[Tensor]) -> None:
+        """Compare the model with itself at the call before, on the same probe ids [B, T]."""
+        now = snapshots(model, batches)
         if self._last is not None:
             since, before = self._last
             self.table = pl.concat([self.table, motion(before, now, since=since, step=step)])

@@ -178,6 +178,11 @@ class Probe:
         """Probe tokens' leaves int16 [layers, K, P] at the last evaluation."""
         return self._result.leaves
 
+    @property
+    def ids(self) -> list[Tensor]:
+        """The probe tokens, ids [B, T], from the first evaluation on."""
+        return self._ids
+
     def training_counts(self) -> Tensor | None:
         """Leaf counts int64 [layers, K, L] since the last evaluation, for a checkpoint; None without trees."""
         return self._train.total() if self._trees else None

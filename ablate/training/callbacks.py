@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,24 @@ from ablate.balance.usage import UsageParts
 from ablate.config import Trial, learning_rate
 from ablate.data.tokens import Prepared
 from ablate.evaluation.bits_per_byte import bits_per_byte
+from ablate.model.transformer import Transformer
 from ablate.training.module import LanguageModel
 from ablate.training.result import Evaluation, Observer, Status
 
 LAST = "last.ckpt"
 USAGE_PARTS = "usage"
 
+Watch = Callable[[int, Transformer, list[Tensor]], None]
+"""Told at every evaluation of a model with trees: the step, the model and the probe tokens, ids [B, T]."""
+
 
 class Evaluator(pl.Callback):
     """Evaluates at step 0, every `eval_every` steps and at the end; keeps the history and the usage of leaves."""
 
-    def __init__(self, trial: Trial, prepared: Prepared, folder: Path, observer: Observer | None) -> None:
-        self.trial, self.folder, self.observer = trial, folder, observer
+    def __init__(
+        self, trial: Trial, prepared: Prepared, folder: Path, observer: Observer | None, watch: Watch | None = None
+    ) -> None:
+        self.trial, self.folder, self.observer, self.watch = trial, folder, observer, watch
         self.token_bytes = torch.from_numpy(np.asarray(prepared.token_bytes, dtype=np.int64))
         self.history: list[Evaluation] = []
         self.status: Status = "finished"
@@ -112,6 +119,8 @@ class Evaluator(pl.Callback):
                 balance = self._probe.summary()
                 if trainer.is_global_zero:
                     self._parts.write(step, self._probe.rows(step), self._probe.tree_rows(step), self._probe.leaves)
+                if self.watch is not None:
+                    self.watch(step, module.model, self._probe.ids)
         evaluation = Evaluation(
             step=step,
             tokens=step * train.batch_size * self.trial.model.context,

@@ -18,7 +18,7 @@ from ablate.config import Trial
 from ablate.data.module import TokenData
 from ablate.data.tokens import Prepared, prepare
 from ablate.model.counts import count
-from ablate.training.callbacks import LAST, USAGE_PARTS, Evaluator, calibration_windows
+from ablate.training.callbacks import LAST, USAGE_PARTS, Evaluator, Watch, calibration_windows
 from ablate.training.checkpoint import read_checkpoint, save_model
 from ablate.training.module import LanguageModel
 from ablate.training.result import Observer, Provenance, TrialResult
@@ -37,12 +37,14 @@ def run_trial(
     observer: Observer | None = None,
     threads: int | None = None,
     resume: bool = True,
+    watch: Watch | None = None,
 ) -> TrialResult:
     """Train and evaluate `trial`; usage.parquet and trees.parquet (and model.pt, if kept) are written to `folder`.
 
     With `resume`, a `last.ckpt` in `folder` is continued: on a CPU with the same threads the result equals that of an
     uninterrupted run bit for bit. Status is finished, diverged, pruned or killed (asked to stop; `last.ckpt` is written).
-    Raises ConfigError before any work where the settings or the corpus cannot be used.
+    `watch` sees the model at every evaluation. Raises ConfigError before any work where the settings or the corpus
+    cannot be used.
     """
     started = time.perf_counter()
     if threads is not None:
@@ -68,7 +70,7 @@ def run_trial(
         eval_tokens=trial.train.eval_tokens,
         eval_batch_size=max(1, EVAL_BATCH_TOKENS // trial.model.context),
     )
-    evaluator = Evaluator(trial, prepared, folder, observer)
+    evaluator = Evaluator(trial, prepared, folder, observer, watch)
     trainer = _trainer(trial, evaluator, folder)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")

@@ -70,14 +70,14 @@ def test_each_cause_alone_is_named() -> None:
 
 def test_the_recorder_splits_neighbouring_evaluations_node_by_node() -> None:
     net = model()
-    recorder = MotionRecorder(BATCHES)
-    recorder(0, net)
+    recorder = MotionRecorder()
+    recorder(0, net, BATCHES)
     assert recorder.table.is_empty()
     old = snapshots(net, BATCHES)[1]
     with torch.no_grad():
         net.trees()[1].w_in.add_(0.1)
-    recorder(20, net)
-    recorder(40, net)
+    recorder(20, net, BATCHES)
+    recorder(40, net, BATCHES)
     assert recorder.table["step"].unique().sort().to_list() == [20, 40]
     assert recorder.table.filter(step=40)["change"].abs().max() == 0
     new = snapshots(net, BATCHES)[1]
