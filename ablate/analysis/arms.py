@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import Any
 
-import numpy as np
 import polars as pl
 
 from ablate.analysis.frames import FACTOR, Tables
@@ -179,28 +179,26 @@ def summaries(tables: Tables) -> list[dict[str, Any]]:
     """
     frame, names = outcomes(tables), labels(tables)
     reference = reference_arm(tables)
-    factors = tables.factors
+    numbers = ("bpb", *STORY, *BALANCE)
+    means = (*COST, "born_dead_frac", "never_alive_frac", "lr")
+    every = grouped(tables.evaluation(), ["kind", "status", *(FACTOR + f for f in tables.factors)])
+    ended = grouped(frame.sort("arm", "seed"), ["seed", "run_id", *numbers, *means])
+    nothing: dict[str, list[Any]] = {c: [] for c in ("seed", "run_id", *numbers, *means)}
     out = []
-    every = {k[0]: g for k, g in tables.evaluation().partition_by("arm", as_dict=True, maintain_order=True).items()}
-    ended = {k[0]: g for k, g in frame.partition_by("arm", as_dict=True, maintain_order=True).items()}
     for arm in order(tables):
-        runs = every[arm]
-        rows = ended.get(arm, frame.clear()).sort("seed")
+        runs, rows = every[arm], ended.get(arm, nothing)
         record: dict[str, Any] = {
             "arm": arm,
             "label": names[arm],
-            "kind": str(runs["kind"][0]),
+            "kind": runs["kind"][0],
             "reference": arm == reference,
-            "factors": {f: runs[FACTOR + f][0] for f in factors},
-            "n": rows.height,
-            "seeds": rows["seed"].to_list(),
-            "run_ids": rows["run_id"].to_list(),
-            "statuses": {s: int((runs["status"] == s).sum()) for s in sorted(set(runs["status"].to_list()))},
-            "bpb": spread(rows["bpb"]),
-            **{c: spread(rows[c]) for c in STORY},
-            **{c: spread(rows[c]) for c in BALANCE},
-            **{c: mean(rows[c]) for c in COST},
-            **{c: mean(rows[c]) for c in ("born_dead_frac", "never_alive_frac", "lr")},
+            "factors": {f: runs[FACTOR + f][0] for f in tables.factors},
+            "n": len(rows["seed"]),
+            "seeds": rows["seed"],
+            "run_ids": rows["run_id"],
+            "statuses": {s: runs["status"].count(s) for s in sorted(set(runs["status"]))},
+            **{c: spread(rows[c]) for c in numbers},
+            **{c: mean(rows[c]) for c in means},
         }
         record["signs"] = signs(record)
         record["reading"] = reading(record)
@@ -208,18 +206,26 @@ def summaries(tables: Tables) -> list[dict[str, Any]]:
     return out
 
 
-def spread(values: pl.Series) -> dict[str, Any] | None:
+def grouped(frame: pl.DataFrame, columns: list[str]) -> dict[str, dict[str, list[Any]]]:
+    """Plain lists by arm and column; thousands of arms are too many for a frame each."""
+    out: dict[str, dict[str, list[Any]]] = {}
+    for arm, *values in frame.select("arm", *columns).iter_rows():
+        lists = out.setdefault(arm, {c: [] for c in columns})
+        for c, v in zip(columns, values, strict=True):
+            lists[c].append(v)
+    return out
+
+
+def spread(values: list[float | None]) -> dict[str, Any] | None:
     """Mean, smallest and largest over seeds; None where nothing was measured."""
-    x = values.drop_nulls().to_numpy()
-    return (
-        {"mean": float(np.mean(x)), "min": float(np.min(x)), "max": float(np.max(x)), "n": len(x)} if len(x) else None
-    )
+    x = [v for v in values if v is not None]
+    return {"mean": fmean(x), "min": min(x), "max": max(x), "n": len(x)} if x else None
 
 
-def mean(values: pl.Series) -> float | None:
+def mean(values: list[float | None]) -> float | None:
     """Mean over seeds; None where nothing was measured."""
-    x = values.drop_nulls().to_numpy()
-    return float(np.mean(x)) if len(x) else None
+    x = [v for v in values if v is not None]
+    return fmean(x) if x else None
 
 
 def signs(record: dict[str, Any]) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,14 +63,19 @@ def design(codes: dict[str, NDArray[np.int64]], seeds: NDArray[np.int64]) -> Des
     """
     n = len(seeds)
     parts = [np.ones((n, 1))]
+    basis = np.full((n, 1), 1 / np.sqrt(n))  # orthonormal, of the columns so far
     columns: dict[Term, slice] = {}
 
     def add(term: Term, block: Array) -> bool:
-        wider = np.hstack([*parts, block])
-        if np.linalg.matrix_rank(wider) < wider.shape[1]:
+        nonlocal basis
+        left = block - basis @ (basis.T @ block)
+        left -= basis @ (basis.T @ left)  # twice is enough (Kahan)
+        q, r = np.linalg.qr(left)
+        if (np.linalg.svd(r, compute_uv=False) <= 1e-9 * np.linalg.norm(block)).any():
             return False
         start = sum(p.shape[1] for p in parts)
         parts.append(block)
+        basis = np.hstack([basis, q])
         columns[term] = slice(start, start + block.shape[1])
         return True
 
@@ -94,8 +100,6 @@ class Fit:
     beta: Array
     residuals: Array
     mse: Array
-    cov: Array
-    """Classical covariance [..., p, p]."""
     robust: Array
     """HC3 covariance [..., p, p] (MacKinnon & White 1985)."""
 
@@ -111,8 +115,8 @@ def fit(d: Design, y: Array) -> Fit:
     mse = np.square(residuals).sum(-1) / d.residual
     leverage = np.einsum("np,pn->n", d.x, hat)
     weight = np.square(residuals / (1 - leverage))
-    robust = np.einsum("pn,...n,qn->...pq", hat, weight, hat, optimize=True)
-    return Fit(beta, residuals, mse, mse[..., None, None] * inverse, robust)
+    robust = (hat * weight[..., None, :]) @ hat.T
+    return Fit(beta, residuals, mse, robust)
 
 
 @dataclass(frozen=True)
@@ -134,28 +138,54 @@ class Test:
 def anova(d: Design, y: Array) -> list[Test]:
     """Every term after all others that do not contain it (type II, as statsmodels' anova_lm(typ=2, robust='hc3'))."""
     fitted = fit(d, y)
-    n = d.x.shape[0]
+    strengths = omega2(d, fitted.beta, fitted.mse)
     out = []
-    for term in d.terms:
-        f, df = _wald(d, fitted, term, fitted.robust)
-        classical, _ = _wald(d, fitted, term, fitted.cov)
-        omega2 = df * (classical - 1) / (df * (classical - 1) + n)
-        out.append(Test(term, df, f, stats.f.sf(f, df, d.residual), omega2))
+    for term, strength in zip(d.terms, strengths, strict=True):
+        f, df = _wald(d, fitted, term)
+        out.append(Test(term, df, f, stats.f.sf(f, df, d.residual), strength))
     return out
 
 
-def _wald(d: Design, fitted: Fit, term: Term, cov: Array) -> tuple[Array, int]:
+def omega2(d: Design, beta: Array, mse: Array) -> list[Array]:
+    """Partial omega squared of every term [...], from coefficients [..., p] and error variances [...]."""
+    inverse = np.linalg.inv(d.x.T @ d.x)
+    n = d.x.shape[0]
+    out = []
+    for term in d.terms:
+        rows, df = _rows(d, term)
+        hypothesis = _hypothesis(inverse[np.ix_(rows, rows)], df)
+        b = beta[..., rows] @ hypothesis.T
+        weight = np.linalg.inv(hypothesis @ inverse[np.ix_(rows, rows)] @ hypothesis.T)
+        squares = np.einsum("...i,ij,...j->...", b, weight, b)  # the term's type II sum
+        with np.errstate(divide="ignore", invalid="ignore"):
+            out.append(np.asarray((squares - df * mse) / (squares + (n - df) * mse)))
+    return out
+
+
+def _rows(d: Design, term: Term) -> tuple[list[int], int]:
+    """Columns of the term, then of all terms that contain it; and the term's degrees of freedom."""
     own = d.columns[term]
     above = [s for t, s in d.columns.items() if set(term) < set(t)]
     rows = [*range(own.start, own.stop), *itertools.chain.from_iterable(range(s.start, s.stop) for s in above)]
-    df = own.stop - own.start
-    b, v = fitted.beta[..., rows], cov[..., rows, :][..., :, rows]
-    if above:
-        # What is left of the term and all that contains it, once the containing terms are projected out.
-        q = np.linalg.qr(v[..., :, df:], mode="complete").Q
-        keep = np.swapaxes(q[..., :, -df:], -1, -2)
-        b = np.einsum("...ij,...j->...i", keep, b)
-        v = keep @ v @ np.swapaxes(keep, -1, -2)
+    return rows, own.stop - own.start
+
+
+def _hypothesis(v: Any, df: int) -> Any:
+    """What is left of the term once the terms that contain it are projected out; covariance v [..., k, k] -> [...,
+    df, k].
+    """
+    if v.shape[-1] == df:
+        return np.broadcast_to(np.eye(df), v.shape)
+    q = np.linalg.qr(v[..., :, df:], mode="complete").Q
+    return np.swapaxes(q[..., :, -df:], -1, -2)
+
+
+def _wald(d: Design, fitted: Fit, term: Term) -> tuple[Array, int]:
+    rows, df = _rows(d, term)
+    v = fitted.robust[..., rows, :][..., :, rows]
+    keep = _hypothesis(v, df)
+    b = np.einsum("...ij,...j->...i", keep, fitted.beta[..., rows])
+    v = keep @ v @ np.swapaxes(keep, -1, -2)
     f = np.einsum("...i,...i->...", b, np.linalg.solve(v, b[..., None])[..., 0]) / df
     return np.asarray(f), df
 
@@ -176,14 +206,17 @@ def bootstrap_omega2(d: Design, y: Array, rng: np.random.Generator, draws: int =
         or not (cell[order].reshape(count, -1, len(names)) == cell[order][: len(order) // count]).all()
     ):
         raise ValueError("seeds have different cells: their runs cannot be exchanged")
-    x = d.x[order]
-    by_seed = y[order].reshape(count, -1)
+    x = d.x[order].reshape(count, -1, d.x.shape[1])
+    by_seed = (y - y.mean())[order].reshape(count, -1)
+    # What seed t's outcomes add to X'y when drawn into place s: a draw is then a sum of `count` of these.
+    added = np.einsum("snp,tn->stp", x, by_seed)
+    squares = np.square(by_seed).sum(-1)
     picked = rng.integers(count, size=(draws, count))
-    sample = by_seed[picked].reshape(draws, -1)
-    resampled = anova(Design(x, d.columns, d.codes, d.left_out), sample)
-    tails = [(1 - level) / 2, (1 + level) / 2]
-    values = np.array([t.omega2 for t in resampled])
-    return np.asarray(np.nanquantile(values, tails, axis=1).T)
+    xy = added[np.arange(count), picked].sum(1)
+    beta = np.linalg.solve(d.x.T @ d.x, xy.T).T
+    mse = np.maximum(squares[picked].sum(-1) - np.einsum("dp,dp->d", beta, xy), 0.0) / d.residual
+    values = np.array(omega2(d, beta, mse))
+    return np.asarray(np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2], axis=1).T)
 
 
 def level_effect(d: Design, fitted: Fit, factor: str, level: int, base: int) -> Estimate:

@@ -155,17 +155,18 @@ def _level_effects(
     rows: pl.DataFrame,
 ) -> list[tuple[dict[str, Any], Estimate]]:
     out = []
+    run_ids, seeds = rows["run_id"].to_list(), rows["seed"].to_numpy()
     combinations = list(itertools.product(*(range(len(levels[p])) for p in partners)))
     for combination in combinations[:COMBINATIONS]:
         at = dict(zip(partners, combination, strict=True))
         mask = np.ones(rows.height, dtype=bool)
         for p, k in at.items():
             mask &= d.codes[p] == k
-        used = rows.filter(mask)
+        used = np.unique(seeds[mask]).tolist()
         for level in range(1, len(levels[factor])):
             condition = {p: levels[p][k] for p, k in at.items()}
-            pair = {levels[factor][level], levels[factor][0]}
-            ids = [r["run_id"] for r in used.iter_rows(named=True) if level_text(r[FACTOR + factor]) in pair]
+            pair = mask & np.isin(d.codes[factor], (0, level))
+            ids = [run_ids[i] for i in np.flatnonzero(pair)]
             record = {
                 "kind": "simple_effect" if partners else "main_effect",
                 "factor": factor,
@@ -174,7 +175,7 @@ def _level_effects(
                 "at": condition,
                 "claim": "differs",
                 "n": len(ids),
-                "seeds": sorted(used["seed"].unique().to_list()),
+                "seeds": used,
                 "run_ids": ids,
             }
             if not partners:
@@ -192,7 +193,7 @@ def _paired_by_seed(d: Design, y: Any, factor: str, level: int, mask: Any) -> di
     """
     others = [f for f in d.codes if f not in {factor, "seed"}]
     value: dict[tuple[int, ...], dict[int, float]] = {}
-    for i in np.flatnonzero(mask):
+    for i in np.flatnonzero(mask & np.isin(d.codes[factor], (0, level))):
         cell = (int(d.codes["seed"][i]), *(int(d.codes[f][i]) for f in others))
         value.setdefault(cell, {})[int(d.codes[factor][i])] = float(y[i])
     differences: dict[int, list[float]] = {}

@@ -7,6 +7,7 @@ import json
 import math
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ class Tables:
     prune: pl.DataFrame | None
     digests: dict[str, str]
 
-    @property
+    @cached_property
     def factors(self) -> list[str]:
         """Dotted names of the study's factors that take more than one level, in the file's order.
 
@@ -231,6 +232,8 @@ def canonical(data: Any) -> str:
 def _rounded(data: Any) -> Any:
     if isinstance(data, dict):
         return {str(k): _rounded(v) for k, v in data.items()}
+    if isinstance(data, list) and data and isinstance(data[0], str) and isinstance(data[-1], str):
+        return data  # run ids, by the ten thousand
     if isinstance(data, (list, tuple)):
         return [_rounded(v) for v in data]
     if hasattr(data, "item") and not isinstance(data, (str, bytes)):

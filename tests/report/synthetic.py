@@ -31,7 +31,7 @@ def write_study(
     factors: dict[str, list[Any]] | None = None,
     controls: bool = True,
     tune: bool = True,
-    usage: bool = True,
+    usage: int = 10**6,
     diverged: bool = True,
     title: str = "Synthetic study",
     arms: dict[str, dict[str, Any]] | None = None,
@@ -81,13 +81,15 @@ def write_study(
     if diverged:
         last = [r for r in rows if r["kind"] == "arm"][-1]
         last["diverged"] = True
-    trials, history, tables = [], [], []
+    trials: list[dict[str, Any]] = []
+    history: list[dict[str, Any]] = []
+    tables: list[pl.DataFrame] = []
     offsets = {s: rng.normal(0, 0.004) for s in (*seeds, 100)}
     for row in rows:
         trial, hist, frame = _one(row, name, keys, offsets[row["seed"]], rng, machine)
         trials.append(trial)
         history += hist
-        if usage and frame is not None and row["kind"] == "arm":
+        if len(tables) < usage and frame is not None and row["kind"] == "arm":
             tables.append(frame)
     folder = root / "tables" / name
     folder.mkdir(parents=True, exist_ok=True)
