@@ -31,8 +31,10 @@ from ablate.model.tree import tree_spec
 DIRECTIONS = 256
 """Principal directions of the inputs in which node vectors are fitted."""
 ALTERNATIONS = 4
-PROFILE = 512
+PROFILE = 256
 """Neurons looked at when a node is fitted: those with most energy there."""
+SAMPLE = 4096
+"""Tokens looked at when a node is fitted."""
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
 """Ridge penalties tried for the outputs, relative to the mean squared response; a fifth of the tokens decides."""
 
@@ -158,7 +160,8 @@ def _grow(
     at = torch.zeros(x.shape[0], dtype=torch.int64)
     for node in range(spec.nodes):
         tokens = (at == node).nonzero().flatten()
-        direction = None if shuffled or tokens.numel() < 4 else _split(inputs.c[tokens], energy[tokens])
+        sample = tokens[:: max(1, tokens.numel() // SAMPLE)]
+        direction = None if shuffled or tokens.numel() < 4 else _split(inputs.c[sample], energy[sample])
         if direction is None:
             direction = torch.randn(inputs.c.shape[1], generator=generator)
         w[node] = inputs.basis @ direction
@@ -198,13 +201,13 @@ def _split(c: Tensor, energy: Tensor) -> Tensor | None:
     for _ in range(ALTERNATIONS):
         target = (score - score.mean()) / score.std(correction=0).clamp(min=1e-20)
         direction = torch.cholesky_solve((centred.T @ target / n)[:, None], factor)[:, 0]
-        right = centred @ direction
-        right = right > _middle(right)
-        if right.all() or not right.any():
+        z = centred @ direction
+        right = (z > _middle(z)).to(e.dtype)
+        if not 0 < right.sum() < n:
             return None
         # Neurons join the side where they matter more; a token's score is what the right cluster has over the left.
-        cluster = e[right].mean(0) > e[~right].mean(0)
-        score = e[:, cluster].sum(1).sqrt() - e[:, ~cluster].sum(1).sqrt()
+        cluster = ((right @ e) / right.sum() > ((1 - right) @ e) / (1 - right).sum()).to(e.dtype)
+        score = (e @ cluster).sqrt() - (e @ (1 - cluster)).sqrt()
     return direction
 
 
