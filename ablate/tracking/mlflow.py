@@ -127,7 +127,10 @@ def serve(root: Path, port: int = 5000, uri: str | None = None) -> int:
     for study in studies:
         # Without the workflow type MLflow 3 opens an experiment on its pages for prompts and traces, not on its runs.
         if study.name != "Default":
-            print(f"  {study.name}: {address}/#/experiments/{study.experiment_id}/runs?workflowType=machine_learning", flush=True)
+            print(
+                f"  {study.name}: {address}/#/experiments/{study.experiment_id}/runs?workflowType=machine_learning",
+                flush=True,
+            )
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", "127.0.0.1"]
     command += ["--port", str(port), "--workers", "1"]
     try:
@@ -414,7 +417,7 @@ def spool_path(layout: Layout, trial: str) -> Path:
 
 def _ends_with_result(spool: Spool) -> bool:
     """Whether the trial is done for good, so that no later attempt needs to know what was sent."""
-    return spool.closed and spool.events[-1]["tags"][schema.STATUS] not in {"killed", "failed"}
+    return spool.closed and spool.last["tags"][schema.STATUS] not in {"killed", "failed"}
 
 
 def _metrics(evaluation: Evaluation) -> Event:

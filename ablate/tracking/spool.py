@@ -47,7 +47,12 @@ class Spool:
     @property
     def closed(self) -> bool:
         """Whether the trial's last word is here: it has a result, or was given up."""
-        return bool(self.events) and self.events[-1]["event"] == "close"
+        return self.last.get("event") == "close"
+
+    @property
+    def last(self) -> Event:
+        """The last event of the trial itself; the note of its run's id may stand behind it."""
+        return next((e for e in reversed(self.events) if e["event"] != "run"), {})
 
     def _whole(self) -> bool:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import random
@@ -232,8 +233,8 @@ def test_no_trial_is_claimed_twice(tmp_path: Path) -> None:
     plan = expand(objective.study(seeds=list(range(20))))
     Queue(plan, open_storage(default_storage(tmp_path))).reconcile(set(), load_record, "here")  # type: ignore[arg-type]
     with multiprocessing.get_context("spawn").Pool(4) as pool:
-        claims = sum(pool.starmap(_claim, [(tmp_path, i) for i in range(4)]), [])
-    assert sorted(claims) == sorted(t.hash for t in plan.trials)
+        claims = pool.starmap(_claim, [(tmp_path, i) for i in range(4)])
+    assert sorted(itertools.chain(*claims)) == sorted(t.hash for t in plan.trials)
 
 
 @pytest.mark.parametrize(

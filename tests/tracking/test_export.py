@@ -162,8 +162,10 @@ def test_ten_thousand_trials_in_half_a_minute_and_a_gigabyte(tmp_path: Path) -> 
         named = made.model_copy(update={"trial": planned.hash, "arm": planned.arm, "seed": planned.seed})
         layout.record(planned.hash).write_text(named.model_dump_json(indent=1))
         shutil.copyfile(table, layout.usage(planned.hash))
-    code = f"from pathlib import Path; from ablate.tracking.export import collect; collect('cheap', Path({str(tmp_path)!r}))"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
+    code = (
+        "import pathlib, sys; from ablate.tracking.export import collect; collect('cheap', pathlib.Path(sys.argv[1]))"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=30)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     assert peak <= 1e9
     assert pl.scan_parquet(tmp_path / "tables/cheap/trials.parquet").select(pl.len()).collect().item() == 10_000

@@ -1,0 +1,291 @@
+"""Runs in a real MLflow store: nothing lost, nothing doubled, states that tell the truth, also without the server."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow.entities import Run
+from mlflow.tracking import MlflowClient
+
+from ablate.config import ConfigError
+from ablate.study.designs import Plan, expand
+from ablate.study.records import Layout, Record, load_record, save_plan, save_record
+from ablate.study.runner import run_study
+from ablate.tracking import schema
+from ablate.tracking.mlflow import MlflowTracker, default_uri, prepare_store, spool_path
+from ablate.tracking.spool import Spool
+from ablate.training.result import Evaluation
+from tests.study import objective
+
+CARD: dict[str, Any] = {"source": {"source": "stdlib"}, "data_hash": "d" * 12, "splits": {"train": {"tokens": 1}}}
+
+
+@pytest.fixture(scope="session")
+def fresh_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An initialised database: MLflow takes seconds to make one."""
+    folder = tmp_path_factory.mktemp("store")
+    prepare_store(f"sqlite:///{folder / 'mlflow.db'}")
+    with sqlite3.connect(folder / "mlflow.db") as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def root(tmp_path: Path, fresh_store: Path) -> Path:
+    (tmp_path / "state").mkdir()
+    shutil.copyfile(fresh_store, tmp_path / "state" / "mlflow.db")
+    return tmp_path
+
+
+def runs(uri: str) -> tuple[MlflowClient, list[Run]]:
+    client = MlflowClient(uri)
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    return client, list(client.search_runs(experiments, max_results=1000))
+
+
+def assert_complete(uri: str, root: Path, plan: Plan) -> None:
+    """One child run a trial, each evaluation's metrics in it exactly once, and states as they are."""
+    client, found = runs(uri)
+    parents = [r for r in found if r.data.tags[schema.ROLE] == "study"]
+    children = [r for r in found if r.data.tags[schema.ROLE] == "trial"]
+    assert len(parents) == 1
+    assert sorted(r.data.tags[schema.TRIAL] for r in children) == sorted(t.hash for t in plan.trials)
+    layout = Layout(root, plan.study.name)
+    for run in children:
+        record = load_record(layout.record(run.data.tags[schema.TRIAL]))
+        assert run.data.tags[schema.PARENT_RUN] == parents[0].info.run_id
+        assert run.info.status == "FINISHED"
+        assert run.data.tags[schema.STATUS] == record.status
+        for key in ("bpb", "n_eff_frac", "layer0/n_eff_frac"):
+            logged = [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, key)]
+            values = [(e.step, e.bpb if key == "bpb" else e.balance[key]) for e in record.history]
+            assert sorted(logged) == values
+    assert not list(spool_path(layout, "any").parent.glob("*.jsonl"))
+
+
+def test_a_study_is_a_run_and_its_trials_are_children(root: Path) -> None:
+    uri = default_uri(root)
+    study = objective.study(seeds=[0], factors={"tree.mirror": [0, 1]}, title="A title")
+    assert run_study(study, root, run=objective.descend, tracker=MlflowTracker(uri)).exit_code == 0
+    plan = expand(study)
+    assert_complete(uri, root, plan)
+    client, found = runs(uri)
+    parent = next(r for r in found if r.data.tags[schema.ROLE] == "study")
+    assert (parent.info.status, parent.data.tags[schema.PLAN_HASH]) == ("FINISHED", plan.hash)
+    assert parent.data.tags[schema.NOTE] == "A title"
+    child = next(r for r in found if r.data.tags.get(schema.TRIAL) == plan.trials[1].hash)
+    assert child.info.run_name == "mirror=1 · seed 0"
+    assert child.data.params["tree.mirror"] == "1.0"
+    assert child.data.params["train.betas"] == "[0.9, 0.95]"
+    assert child.data.metrics["total_params"] == objective.COST.total_params
+    assert [a.path for a in client.list_artifacts(child.info.run_id)] == [f"{plan.trials[1].hash}.usage.parquet"]
+    record = load_record(Layout(root, "cheap").record(plan.trials[1].hash))
+    assert record.run_id == child.info.run_id
+
+
+def evaluation(step: int) -> Evaluation:
+    balance = {"n_eff_frac": 0.5 + step / 100, "layer0/n_eff_frac": 0.5 + step / 100}
+    return Evaluation(step=step, tokens=step, bpb=4.0 - step, train_loss=None, lr=0.1, seconds=1.0, balance=balance)
+
+
+def started(root: Path, uri: str) -> tuple[MlflowTracker, Plan, Layout]:
+    plan, layout = expand(objective.study(seeds=[0], factors={"tree.mirror": [0]})), Layout(root, "cheap")
+    save_plan(layout, plan)
+    tracker = MlflowTracker(uri)
+    tracker.start_study(plan, layout, CARD)
+    return tracker, plan, layout
+
+
+def ended(plan: Plan, steps: list[int]) -> Record:
+    planned = plan.trials[0]
+    return Record(
+        config=planned.trial,
+        status="diverged",
+        history=[evaluation(step) for step in steps],
+        cost=objective.COST,
+        provenance=objective.PROVENANCE,
+        tokens_per_second=1.0,
+        seconds=1.0,
+        message="the loss was not finite",
+        study="cheap",
+        space=plan.space,
+        trial=planned.hash,
+        arm=planned.arm,
+        kind=planned.kind,
+        seed=0,
+        factors={},
+        run_id=None,
+        leaves={},
+    )
+
+
+def settle() -> None:
+    """Wait for the sending threads."""
+    for thread in threading.enumerate():
+        if thread.name == "mlflow":
+            thread.join(timeout=60)
+            assert not thread.is_alive()
+
+
+def test_a_resumed_trial_goes_on_in_its_run_without_doubled_metrics(root: Path) -> None:
+    uri = default_uri(root)
+    tracker, plan, layout = started(root, uri)
+    first = tracker.open_trial(plan.trials[0], layout)
+    for step in (0, 5, 10):
+        first.evaluated(evaluation(step))
+    first.abandon("killed", "stopped when asked")
+    settle()
+    client, found = runs(uri)
+    child = next(r for r in found if r.data.tags[schema.ROLE] == "trial")
+    assert (child.info.status, child.data.tags[schema.STATUS]) == ("KILLED", "killed")
+    again = tracker.open_trial(plan.trials[0], layout)  # from its checkpoint at step 5: step 10 comes a second time
+    for step in (10, 15):
+        again.evaluated(evaluation(step))
+    again.finish(ended(plan, [0, 5, 10, 15]), None)
+    settle()
+    client, found = runs(uri)
+    assert len(found) == 2
+    assert sorted(m.step for m in client.get_metric_history(child.info.run_id, "bpb")) == [0, 5, 10, 15]
+    run = client.get_run(child.info.run_id)
+    assert (run.info.status, run.data.tags[schema.STATUS]) == ("FINISHED", "diverged")
+    assert run.inputs.dataset_inputs[0].dataset.digest == CARD["data_hash"]
+    assert not spool_path(layout, plan.trials[0].hash).exists()
+
+
+def test_a_killed_process_leaves_nothing_unsent_that_the_next_run_does_not_send(root: Path) -> None:
+    """The spool and a record are there, the run is not: as after a SIGKILL, or a time without a server."""
+    uri = default_uri(root)
+    tracker, plan, layout = started(root, uri)
+    spool = Spool(spool_path(layout, plan.trials[0].hash))
+    spool.append(tracker._opening(plan.trials[0], layout))
+    with spool.path.open("a") as file:
+        file.write('{"event": "metrics", "ti')  # cut short
+    save_record(layout, ended(plan, [0, 5]), layout.usage("none"))
+    tracker.end_study(plan, layout, "finished")
+    client, found = runs(uri)
+    child = next(r for r in found if r.data.tags[schema.ROLE] == "trial")
+    assert child.info.status == "FINISHED"
+    assert sorted((m.step, m.value) for m in client.get_metric_history(child.info.run_id, "bpb")) == [
+        (0, 4.0),
+        (5, -1.0),
+    ]
+    assert not spool.path.exists()
+
+
+def test_a_run_made_but_not_noted_is_found_again(root: Path) -> None:
+    uri = default_uri(root)
+    tracker, plan, layout = started(root, uri)
+    spool = Spool(spool_path(layout, plan.trials[0].hash))
+    opening = tracker._opening(plan.trials[0], layout)
+    spool.append(opening)
+    client = MlflowClient(uri)
+    made = client.create_run(opening["experiment"], start_time=opening["time"], tags=opening["tags"])
+    trial = tracker.open_trial(plan.trials[0], layout)
+    trial.evaluated(evaluation(0))
+    trial.abandon("failed", "x")
+    settle()
+    assert trial.run_id == made.info.run_id
+    assert client.get_run(made.info.run_id).info.status == "FAILED"
+
+
+@pytest.mark.parametrize(
+    ("uri", "words"),
+    [
+        ("sqlite:///relative.db", "an absolute path is expected"),
+        ("ftp://somewhere", "is expected"),
+        ("http://127.0.0.1:9", "no MLflow answers there"),
+    ],
+    ids=["relative", "scheme", "nobody-there"],
+)
+def test_unusable_stores_are_refused_before_anything_runs(tmp_path: Path, uri: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as error:
+        run_study(objective.study(), tmp_path, run=objective.descend, tracker=MlflowTracker(uri))
+    assert uri in str(error.value)
+    assert not Layout(tmp_path, "cheap").done()
+
+
+def test_a_database_that_is_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_text("this is no database, and long enough to look at " * 50)
+    with pytest.raises(ConfigError, match="the database cannot be used"):
+        prepare_store(f"sqlite:///{tmp_path / 'mlflow.db'}")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Server:
+    """A real MLflow server on loopback, which can be killed and started again."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.port = root, _free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", default_uri(self.root)]
+        command += ["--artifacts-destination", str(self.root / "state" / "served"), "--host", "127.0.0.1"]
+        command += ["--port", str(self.port), "--workers", "1"]
+        log = (self.root / "server.log").open("ab")
+        self.process = subprocess.Popen(command, start_new_session=True, stdout=log, stderr=log)
+        end = time.monotonic() + 120
+        while time.monotonic() < end:
+            with socket.socket() as client:
+                if client.connect_ex(("127.0.0.1", self.port)) == 0:
+                    return
+            time.sleep(0.2)
+        raise AssertionError((self.root / "server.log").read_text())
+
+    def kill(self) -> None:
+        assert self.process is not None
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture
+def server(root: Path) -> Iterator[Server]:
+    made = Server(root)
+    made.start()
+    yield made
+    made.kill()
+
+
+@pytest.mark.soak
+def test_a_server_that_vanishes_costs_no_metric(root: Path, server: Server) -> None:
+    study = objective.study(seeds=[0])
+    tracker = MlflowTracker(server.uri)
+    code = (
+        "import sys; from pathlib import Path; from ablate.study.runner import run_study\n"
+        "from ablate.tracking.mlflow import MlflowTracker; from tests.study import objective\n"
+        "if __name__ == '__main__':\n"
+        f"    sys.exit(run_study(objective.study(seeds=[0]), Path({str(root)!r}), run=objective.slow, workers=2,"
+        f" tracker=MlflowTracker({server.uri!r})).exit_code)"
+    )
+    script = root / "script.py"
+    script.write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen([sys.executable, str(script)], env=environment)
+    layout = Layout(root, "cheap")
+    while len(layout.done()) < 1:
+        assert process.poll() is None
+        time.sleep(0.05)
+    server.kill()
+    assert process.wait(timeout=300) == 0, "training goes on without the server"
+    assert len(layout.done()) == 4
+    server.start()
+    assert run_study(study, root, run=objective.slow, tracker=tracker).exit_code == 0
+    assert_complete(server.uri, root, expand(study))
