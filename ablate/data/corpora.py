@@ -76,7 +76,7 @@ def documents(corpus: Corpus, cache: Path) -> Iterator[Document]:
     `cache` is the folder for what `datasets` keeps (files of the Hub; locks). Raises ConfigError for what is missing,
     binary, not decodable, without the text field, or unreachable.
     """
-    with _private_datasets(cache):
+    with private_datasets(cache):
         if corpus.source == "stdlib":
             yield from _rows(_text_documents, stdlib_files())
         elif corpus.source == "files":
@@ -345,7 +345,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _private_datasets(cache: Path) -> Iterator[None]:
+def private_datasets(cache: Path) -> Iterator[None]:
     """`datasets` with its cache in a folder of ours, and without download counts (a request home at every load),
     progress bars and logged errors."""
     import datasets
