@@ -143,6 +143,7 @@ def test_mlflow_ui_shows_the_study_its_trials_and_their_metrics(project: Path, t
     try:
         assert server.stdout is not None
         assert server.stdout.readline().startswith(f"MLflow at http://127.0.0.1:{port} ")
+        address = next(line.split()[-1] for line in iter(server.stdout.readline, "") if line.strip().startswith("tiny:"))
         deadline = time.monotonic() + 90
         while time.monotonic() < deadline:
             with socket.socket() as client:
@@ -152,16 +153,18 @@ def test_mlflow_ui_shows_the_study_its_trials_and_their_metrics(project: Path, t
         table = pl.read_parquet(project / "tables/tiny/trials.parquet")
         with chromium() as browser:
             page = browser.new_page(viewport={"width": 1500, "height": 900})
-            page.goto(f"http://127.0.0.1:{port}/#/experiments", timeout=60_000)
-            page.get_by_role("link", name="tiny").first.click(timeout=60_000)
-            page.get_by_text("mirror=1").first.wait_for(timeout=60_000)
+            page.goto(address, timeout=90_000)
+            page.get_by_role("link", name="tiny").nth(1).wait_for(timeout=90_000)
+            page.locator("[role=row] button.du-bois-light-btn-icon-only").first.click()  # open the study's trials
+            page.get_by_role("link", name="mirror=1").first.wait_for(timeout=90_000)
             page.screenshot(path=tmp_path / "runs.png")
-            run_id = table.filter(pl.col("arm") == "mirror=1")["run_id"][0]
-            page.get_by_text("mirror=1").first.click()
-            page.get_by_text(run_id).first.wait_for(timeout=60_000)
-            page.get_by_text("n_eff_frac", exact=True).first.wait_for(timeout=60_000)
-            bpb = table.filter(pl.col("run_id") == run_id)["bpb"][0]
-            page.get_by_text(f"{bpb:.3f}"[:4]).first.wait_for(timeout=60_000)
+            assert page.get_by_role("link", name="mirror=0").count() == 1
+            page.get_by_role("link", name="mirror=1").first.click()
+            row = table.row(by_predicate=pl.col("arm") == "mirror=1", named=True)
+            page.get_by_text(row["run_id"]).first.wait_for(timeout=90_000)
+            for text in ("n_eff_frac", "layer0/n_eff_frac", "dead_frac", "bpb"):
+                page.get_by_text(text, exact=True).first.wait_for(timeout=90_000, state="attached")
+            page.get_by_text(str(row["bpb"])[:5]).first.wait_for(timeout=90_000, state="attached")
             page.screenshot(path=tmp_path / "run.png")
     finally:
         os.killpg(server.pid, signal.SIGTERM)
