@@ -1,8 +1,10 @@
 """The tree layer on CPUs: host side. Cost follows the units on the path, never all units.
 
-Time O(N·K·(D + W)·d), memory beyond inputs and results O(N·K·(D + W) + N·d). float32 and float64; bfloat16 is computed
+Time O(N·K·(D + W)·d), memory beyond inputs and results O(N·K·(D + W) + N·d), but for trees so shallow that two dense
+products and a mask are faster (`cpu_dense`, by the shipped table of routes). float32 and float64; bfloat16 is computed
 in float32 and cast back. Where leaves are given, node responses are computed too, also with `node_output` off, as the
-reference does. Threads are torch's (`torch.get_num_threads`); results are bitwise the same for any number of them.
+reference does. Threads are torch's (`torch.get_num_threads`); by the sparse route results are bitwise the same
+for any number of them.
 """
 
 from __future__ import annotations
@@ -14,9 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ablate.kernels import cpu_dense
 from ablate.kernels import cpu_kernels as kernels
 from ablate.kernels.activations import phi, phi_slope
 from ablate.kernels.cpu_pointwise import CODES, code
+from ablate.kernels.cpu_routes import Plan, plan
 from ablate.kernels.spec import TreeSpec
 from ablate.kernels.threads import advise_huge_pages, run_on_threads
 
@@ -35,16 +39,22 @@ def forward(
     """y [N, d] in x's dtype, leaves int32 [N, K], responses [N, K, D + W] in float32 (float64 for float64)."""
     dtype = x.dtype
     x, w_in, b, w_out = _plain(x), _plain(w_in), _plain(b), _plain(w_out)
-    z, leaves = _down(x, w_in, b, thresholds, leaves, spec, spec.path)
-    n, d = x.shape
-    if spec.placement == "unit":
-        y = _up(z, w_out, leaves, spec, 0, spec.trees)
-    elif spec.placement == "sum":
-        y = phi(_up(z, w_out, leaves, spec, 0, spec.trees), spec.activation, spec.mirror, spec.leaf_gain)
-    else:
-        y = x.new_zeros(n, d)
+    how = plan(x.shape[0], x.shape[1], spec, torch.get_num_threads())
+    if how.dense:
+        y, leaves, z = cpu_dense.forward(x, w_in, b, w_out, thresholds, leaves, spec)
+        return y.to(dtype), leaves, z
+    z, leaves, order = _down(x, w_in, b, thresholds, leaves, spec, spec.path, how)
+    y = _empty(*x.shape, like=x)
+    if spec.placement == "tree":
+        y.zero_()
+        part = torch.empty_like(y)
         for k in range(spec.trees):
-            y += phi(_up(z, w_out, leaves, spec, k, k + 1), spec.activation, spec.mirror, spec.leaf_gain)
+            _up(z, w_out, leaves, order, part, spec, how, k, k + 1)
+            y += phi(part, spec.activation, spec.mirror, spec.leaf_gain)
+    else:
+        _up(z, w_out, leaves, order, y, spec, how, 0, spec.trees)
+        if spec.placement == "sum":
+            y = phi(y, spec.activation, spec.mirror, spec.leaf_gain)
     return y.to(dtype), leaves, z
 
 
@@ -52,7 +62,9 @@ def route(
     x: Tensor, w_in: Tensor, b: Tensor | None, thresholds: Tensor | None, spec: TreeSpec
 ) -> tuple[Tensor, Tensor]:
     """Leaves int32 [N, K] and node responses on the path [N, K, D]; outputs are not computed."""
-    z, leaves = _down(_plain(x), _plain(w_in), _plain(b), thresholds, None, spec, spec.depth)
+    x, w_in, b = _plain(x), _plain(w_in), _plain(b)
+    how = plan(x.shape[0], x.shape[1], spec, torch.get_num_threads())
+    z, leaves, _ = _down(x, w_in, b, thresholds, None, spec, spec.depth, how)
     return leaves, z
 
 
@@ -72,67 +84,62 @@ def backward(
     For the placements `tree` and `sum` the outputs' sums are computed again, one [N, d] at a time.
     """
     dtype = x.dtype
-    needs_x, needs_in, needs_b, needs_out = needs
     x, w_in, b, w_out, gy = _plain(x), _plain(w_in), _plain(b), _plain(w_out), _plain(gy)
     leaves = leaves.contiguous()
-    gx = _empty(*x.shape, like=x) if needs_x else x.new_empty(0, x.shape[1])
-    gw_in = torch.empty_like(w_in) if needs_in or needs_b else w_in.new_empty(0, 0, x.shape[1])
-    gb = w_in.new_empty(w_in.shape[:2]) if needs_in or needs_b else w_in.new_empty(0, 0)
-    gw_out = torch.empty_like(w_out) if needs_out else w_out.new_empty(0, *w_out.shape[1:])
-    if not spec.node_output and gw_in.numel():
-        gw_in[:, : spec.nodes] = 0
-        gb[:, : spec.nodes] = 0
-    results = (gx, gw_in, gb, gw_out)
-    if spec.placement == "unit":
-        _chain(gy, x, w_in, w_out, leaves, responses, results, needs, spec, 0, spec.trees)
+    how = plan(x.shape[0], x.shape[1], spec, torch.get_num_threads())
+    if how.dense:
+        grads = cpu_dense.backward(gy, x, w_in, w_out, leaves, responses, spec, needs)
     else:
-        for k0, k1 in [(0, spec.trees)] if spec.placement == "sum" else [(k, k + 1) for k in range(spec.trees)]:
-            summed = _up(responses, w_out, leaves, spec, k0, k1)
-            gs = phi_slope(summed, spec.activation, spec.mirror, spec.leaf_gain).mul_(gy)
-            _chain(gs, x, w_in, w_out, leaves, responses, results, needs, spec, k0, k1)
-    wanted = (gx, gw_in, gb if b is not None else None, gw_out)
-    return tuple(  # type: ignore[return-value]
-        g.to(dtype) if g is not None and n else None for g, n in zip(wanted, needs, strict=True)
-    )
+        grads = _backward(gy, x, w_in, w_out, leaves, responses, spec, needs, how)
+    return tuple(g.to(dtype) if n else None for g, n in zip(grads, needs, strict=True))  # type: ignore[return-value]
 
 
-def _chain(
+def _backward(
     gy: Tensor,
     x: Tensor,
     w_in: Tensor,
     w_out: Tensor,
     leaves: Tensor,
     z: Tensor,
-    results: tuple[Tensor, Tensor, Tensor, Tensor],
-    needs: tuple[bool, ...],
     spec: TreeSpec,
-    k0: int,
-    k1: int,
-) -> None:
-    """Write the gradients of trees k0..k1 into `results` (gx is added to from tree 1 on).
-
-    `gy` is the gradient of what the units' outputs are added up to.
-    """
-    gx, gw_in, gb, gw_out = results
-    needs_x, needs_out = needs[0], needs[3]
+    needs: tuple[bool, ...],
+    how: Plan,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (n, d), trees = x.shape, spec.trees
     needs_in = needs[1] or needs[2]
-    tail = (k0, k1, spec.depth, spec.leaf_width)
-    dz, acts = torch.empty_like(z), _activations(spec)
-    if needs_x or needs_in:
-        _launch(kernels.back, gy, w_out, w_in, z, acts, leaves, dz, gx, needs_x, *tail, _block(gy.shape[0], spec))
-    if needs_in or needs_out:
-        n, d = x.shape
-        trees, chunks = spec.trees, max(1, min(16 // (k1 - k0), n // 128))
-        starts = np.empty((trees, spec.leaves + 1), np.int64)
-        order = np.empty((trees, n), np.int64)
-        partial = x.new_empty(trees, chunks, 2, spec.path, 2, d + 1)
-        rows = np.empty((trees, chunks, 2, spec.path), np.int64)
-        wants = (needs_in, needs_out)
-        _launch(kernels.sort, leaves, k0, k1, starts, order)
-        _launch(
-            kernels.gradients, x, gy, z, acts, dz, order, starts, gw_in, gb, True, gw_out, partial, rows, *wants, *tail
-        )
-        _launch(kernels.join, gw_in, gb, True, gw_out, partial, rows, *wants, *tail)
+    gx = _empty(n, d, like=x) if needs[0] else x.new_empty(0, d)
+    gw_in = torch.empty_like(w_in) if needs_in else x.new_empty(0, 0, d)
+    gb = torch.empty_like(w_in[..., 0]) if needs_in else x.new_empty(0, 0)
+    gw_out = torch.empty_like(w_out) if needs[3] else w_out.new_empty(0, *w_out.shape[1:])
+    if not spec.node_output:
+        gw_in[:, : spec.nodes] = 0
+        gb[:, : spec.nodes] = 0
+    starts, order = np.empty((trees, spec.leaves + 1), np.int64), np.empty((trees, n), np.int64)
+    _launch(kernels.sort, leaves, 0, trees, starts, order)
+    dz, acts, tail = torch.empty_like(z), _activations(spec), (spec.depth, spec.leaf_width)
+    partial = x.new_empty(trees, how.chunks, 2, spec.path, 2, d + 1)
+    rows = np.empty((trees, how.chunks, 2, spec.path), np.int64)
+    wants = (needs_in, needs[3])
+    for k0, k1 in [(k, k + 1) for k in range(trees)] if spec.placement == "tree" else [(0, trees)]:
+        gs = gy
+        if spec.placement != "unit":
+            gs = torch.empty_like(gy)
+            _up(z, w_out, leaves, order, gs, spec, how, k0, k1)
+            gs = phi_slope(gs, spec.activation, spec.mirror, spec.leaf_gain).mul_(gy)
+        if needs[0] or needs_in:
+            # Trees add to the same rows of gx, and their orders differ: one after another.
+            for k in range(k0, k1):
+                _launch(
+                    kernels.back, gs, w_out, w_in, z, acts, leaves, order, dz, gx, k > 0, needs[0], k, k + 1,
+                    *tail, how.range,
+                )  # fmt: skip
+        if needs_in or needs[3]:
+            _launch(
+                kernels.gradients, x, gs, z, acts, dz, order, starts, gw_in, gb, gw_out, partial, rows,
+                *wants, k0, k1, *tail,
+            )  # fmt: skip
+            _launch(kernels.join, gw_in, gb, gw_out, partial, rows, *wants, k0, k1, *tail)
+    return gx, gw_in, gb, gw_out
 
 
 def _down(
@@ -143,27 +150,38 @@ def _down(
     leaves: Tensor | None,
     spec: TreeSpec,
     width: int,
-) -> tuple[Tensor, Tensor]:
-    """Responses [N, K, width], width D or D + W, and leaves int32 [N, K]."""
+    how: Plan,
+) -> tuple[Tensor, Tensor, NDArray[np.int64]]:
+    """Responses [N, K, width], width D or D + W; leaves int32 [N, K]; tokens by leaf [K, N], within blocks."""
     n = x.shape[0]
     given = leaves is not None
     taken = x.new_empty((n, spec.trees), dtype=torch.int32) if leaves is None else leaves.int().contiguous()
     z = x.new_empty(n, spec.trees, width)
+    order = np.empty((spec.trees, n), np.int64)
     none = x.new_empty(0, 0)
     t = none if thresholds is None else thresholds.to(x.dtype).contiguous()
     _launch(
         kernels.down, x, w_in, none if b is None else b, b is not None, t, thresholds is not None, taken, given, z,
-        spec.depth, spec.leaf_width, _block(n, spec),
+        order, spec.depth, spec.leaf_width, how.block,
     )  # fmt: skip
-    return z, taken
+    return z, taken, order
 
 
-def _up(z: Tensor, w_out: Tensor, leaves: Tensor, spec: TreeSpec, k0: int, k1: int) -> Tensor:
-    """What the units on the paths in trees k0..k1 add up to: [N, d]."""
-    y = _empty(z.shape[0], w_out.shape[2], like=z)
-    block = _block(z.shape[0], spec)
-    _launch(kernels.up, z, _activations(spec), w_out, leaves, y, k0, k1, spec.depth, spec.leaf_width, block)
-    return y
+def _up(
+    z: Tensor,
+    w_out: Tensor,
+    leaves: Tensor,
+    order: NDArray[np.int64],
+    y: Tensor,
+    spec: TreeSpec,
+    how: Plan,
+    k0: int,
+    k1: int,
+) -> None:
+    """Write into y [N, d] what the units on the paths in trees k0..k1 add up to, one tree after another."""
+    acts = _activations(spec)
+    for k in range(k0, k1):
+        _launch(kernels.up, z, acts, w_out, leaves, order, y, k > k0, k, k + 1, spec.depth, spec.leaf_width, how.range)
 
 
 def _activations(spec: TreeSpec) -> NDArray[np.float64]:
@@ -181,13 +199,9 @@ def _empty(rows: int, columns: int, *, like: Tensor) -> Tensor:
     return t
 
 
-def _block(tokens: int, spec: TreeSpec) -> int:
-    return max(1, min(2048, tokens))
-
-
 def _launch(kernel: Any, *arguments: Any) -> None:
     """Run a kernel on torch's threads; tensors go in as NumPy views."""
-    views = [a.detach().numpy() if isinstance(a, Tensor) else a for a in arguments]
+    views = [a.numpy() if isinstance(a, Tensor) else a for a in arguments]
     counter = np.zeros(1, np.int64)
     run_on_threads(lambda: kernel(counter, *views), torch.get_num_threads())
 

@@ -12,9 +12,9 @@ that share rows: weights are read once a segment instead of once a token.
 # mypy: disable-error-code="call-arg, no-untyped-call, no-untyped-def, untyped-decorator, var-annotated"
 from __future__ import annotations
 
-import numba as nb
 import numpy as np
 
+from ablate.kernels.compiled import jit
 from ablate.kernels.cpu_pointwise import phi, slope
 from ablate.kernels.cpu_vector import (
     ROWS,
@@ -30,15 +30,14 @@ from ablate.kernels.cpu_vector import (
     dots44,
     dots81,
     fetch_add,
+    prefetch,
 )
 
 CHUNK = 32
 """Tokens of one segment handled at a time: their rows stay in the first-level cache between passes over them."""
 
-_jit = nb.njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
 
-
-@_jit
+@jit
 def _products(xs, x0, nx, ws, nw, d, out, block):
     """out[t·nw + r] = <x_t, w_r> for nx rows at xs[x0:] and nw rows at ws."""
     for t in range(0, nx - nx % 4, 4):
@@ -72,7 +71,7 @@ def _products(xs, x0, nx, ws, nw, d, out, block):
             dots11(xs, x0 + t, ws, r, d, out, t * nw + r)
 
 
-@_jit
+@jit
 def _sums(src, s0, count, coef, ci, cs, dst, n, d, add):
     """y_i (+)= sum_s coef[ci·i + cs·s] · row_s for n rows at dst, `count` rows at src[s0:]."""
     i = 0
@@ -88,7 +87,7 @@ def _sums(src, s0, count, coef, ci, cs, dst, n, d, add):
         combine1(src, s0, count, coef, ci * i, ci, cs, dst, i, d, add)
 
 
-@_jit
+@jit
 def _path(leaf, depth, width, nodes, base, row_bytes, has_nodes, ws):
     """Addresses of a leaf's path: its nodes from the root down (if they have rows), then its units."""
     n = 0
@@ -101,9 +100,9 @@ def _path(leaf, depth, width, nodes, base, row_bytes, has_nodes, ws):
         ws[n + j] = base + (leaf * width + j) * row_bytes
 
 
-@_jit
+@jit
 def _by_leaf(leaves, k, t0, t1, starts, order):
-    """Stable counting sort of tokens t0..t1 by their leaf in tree k: order, and where each leaf starts [L + 1]."""
+    """Stable counting sort of tokens t0..t1 by their leaf in tree k, into order; starts [L + 1] is where they begin."""
     L = starts.shape[0] - 1
     starts[:] = 0
     for t in range(t0, t1):
@@ -119,7 +118,18 @@ def _by_leaf(leaves, k, t0, t1, starts, order):
     starts[0] = 0
 
 
-@_jit
+@jit
+def _same_leaf(leaves, k, order, p, end):
+    """Where the run of tokens that share the leaf of position p ends: at most CHUNK further, at most at `end`."""
+    leaf = leaves[order[k, p], k]
+    q = p + 1
+    end = min(end, p + CHUNK)
+    while q < end and leaves[order[k, q], k] == leaf:
+        q += 1
+    return q
+
+
+@jit
 def _activate(z, count, A, width, acts, slopes, out, part):
     """out = phi(z), or its slope, for z [count, A] flat; acts[0] is for nodes, acts[1] for the last `width` columns."""
     nodes = A - width
@@ -143,11 +153,12 @@ def _activate(z, count, A, width, acts, slopes, out, part):
                 out[i * A + first + u] = part[1, i * size + u]
 
 
-@_jit
-def down(counter, x, w_in, b, has_bias, thresholds, has_thresholds, leaves, given, z, depth, width, block):
+@jit
+def down(counter, x, w_in, b, has_bias, thresholds, has_thresholds, leaves, given, z, orders, depth, width, block):
     """Route, or follow given leaves: z[n, k, :] on the path (its last axis decides whether leaf units are wanted).
 
-    A task is (block of tokens, tree). Depth first: a node's tokens are scored together and parted stably in place.
+    A task is (block of tokens, tree). Depth first: a node's tokens are scored together and parted stably in place, so
+    that at the end orders [K, N] holds the block's tokens by leaf.
     """
     N, d = x.shape
     K = w_in.shape[0]
@@ -155,11 +166,10 @@ def down(counter, x, w_in, b, has_bias, thresholds, has_thresholds, leaves, give
     units = z.shape[2] > depth
     step = d * x.itemsize
     blocks = (N + block - 1) // block
-    order = np.empty(block, np.int64)
     rights = np.empty(block, np.int64)
-    xs = np.empty(block, np.int64)
+    xs = np.empty(block + 2, np.int64)
     ws = np.empty(max(width, 1), np.int64)
-    scores = np.empty(max(block, CHUNK * width), z.dtype)
+    scores = np.empty(max(block + 2, CHUNK * width), z.dtype)
     scratch = np.empty(16, z.dtype)
     stack = np.empty((depth + 2, 4), np.int64)
     tree_bytes = w_in.shape[1] * step
@@ -170,6 +180,7 @@ def down(counter, x, w_in, b, has_bias, thresholds, has_thresholds, leaves, give
         k = task % K
         t0 = task // K * block
         t1 = min(N, t0 + block)
+        order = orders[k, t0:t1]
         for i in range(t1 - t0):
             order[i] = t0 + i
         top = 1
@@ -183,6 +194,10 @@ def down(counter, x, w_in, b, has_bias, thresholds, has_thresholds, leaves, give
                 xs[i] = x.ctypes.data + order[p0 + i] * step
             if level < depth:
                 ws[0] = base + n * step
+                if level + 1 < depth:
+                    prefetch(base + (2 * n + 1) * step, 2 * step)
+                elif units:
+                    prefetch(base + (M + (2 * n + 1 - M) * width) * step, 2 * width * step)
                 i = 0
                 while i + 8 <= size:
                     dots81(xs, i, ws, 0, d, scores, i)
@@ -190,9 +205,13 @@ def down(counter, x, w_in, b, has_bias, thresholds, has_thresholds, leaves, give
                 if i + 4 <= size:
                     dots41(xs, i, ws, 0, d, scores, i)
                     i += 4
-                while i < size:
+                if size - i >= 2:
+                    # Four products at once take no longer than one, whose additions wait for each other.
+                    for j in range(size, i + 4):
+                        xs[j] = xs[i]
+                    dots41(xs, i, ws, 0, d, scores, i)
+                elif size > i:
                     dots11(xs, i, ws, 0, d, scores, i)
-                    i += 1
                 bias = b[k, n] if has_bias else z.dtype.type(0)
                 limit = thresholds[k, n] if has_thresholds else z.dtype.type(0)
                 kept, moved = p0, 0
@@ -200,13 +219,12 @@ def down(counter, x, w_in, b, has_bias, thresholds, has_thresholds, leaves, give
                     t = order[p0 + i]
                     score = scores[i] + bias
                     z[t, k, level] = score
-                    right = (leaves[t, k] >> (depth - 1 - level)) & 1 == 1 if given else score > limit
-                    if right:
-                        rights[moved] = t
-                        moved += 1
-                    else:
-                        order[kept] = t
-                        kept += 1
+                    right = (leaves[t, k] >> (depth - 1 - level)) & 1 if given else int(score > limit)
+                    # Both are written and one counted: a branch here would be mispredicted every other time.
+                    order[kept] = t
+                    rights[moved] = t
+                    kept += 1 - right
+                    moved += right
                 for i in range(moved):
                     order[kept + i] = rights[i]
                 if kept < p1:
@@ -234,9 +252,12 @@ def down(counter, x, w_in, b, has_bias, thresholds, has_thresholds, leaves, give
                                 z[t, k, depth + j] = scores[i * width + j] + bias
 
 
-@_jit
-def up(counter, z, acts, w_out, leaves, y, k0, k1, depth, width, block):
-    """y[n] = sum over trees k0..k1 and the path's A units of phi(z) · w_out. A task is a block of tokens."""
+@jit
+def up(counter, z, acts, w_out, leaves, order, y, add, k0, k1, depth, width, block):
+    """y[n] (+)= sum over trees k0..k1 and the path's A units of phi(z) · w_out.
+
+    A task is a range of `block` places of order [K, N]: with several trees, each must hold the same tokens in it.
+    """
     N, d = y.shape
     P = depth + width
     has_nodes = w_out.shape[1] > (width << depth)
@@ -244,8 +265,6 @@ def up(counter, z, acts, w_out, leaves, y, k0, k1, depth, width, block):
     M = (1 << depth) - 1
     step = d * y.itemsize
     blocks = (N + block - 1) // block
-    order = np.empty(block, np.int64)
-    starts = np.empty((1 << depth) + 1, np.int64)
     ws = np.empty(A, np.int64)
     ys = np.empty(CHUNK, np.int64)
     coef = np.empty(CHUNK * A, y.dtype)
@@ -258,31 +277,29 @@ def up(counter, z, acts, w_out, leaves, y, k0, k1, depth, width, block):
         t0 = task * block
         t1 = min(N, t0 + block)
         for k in range(k0, k1):
-            _by_leaf(leaves, k, t0, t1, starts, order)
             base = w_out.ctypes.data + k * w_out.shape[1] * step
-            p = 0
-            while p < t1 - t0:
-                leaf = leaves[order[p], k]
-                end = starts[leaf + 1]
-                _path(leaf, depth, width, M, base, step, has_nodes, ws)
-                while p < end:
-                    count = min(CHUNK, end - p)
-                    for i in range(count):
-                        t = order[p + i]
-                        ys[i] = y.ctypes.data + t * step
-                        for u in range(A):
-                            taken[i * A + u] = z[t, k, P - A + u]
-                    _activate(taken, count, A, width, acts, False, coef, part)
-                    _sums(ws, 0, A, coef, A, 1, ys, count, d, k > k0)
-                    p += count
+            p = t0
+            leaf = -1
+            while p < t1:
+                count = _same_leaf(leaves, k, order, p, t1) - p
+                if leaves[order[k, p], k] != leaf:
+                    leaf = leaves[order[k, p], k]
+                    _path(leaf, depth, width, M, base, step, has_nodes, ws)
+                for i in range(count):
+                    t = order[k, p + i]
+                    ys[i] = y.ctypes.data + t * step
+                    for u in range(A):
+                        taken[i * A + u] = z[t, k, P - A + u]
+                _activate(taken, count, A, width, acts, False, coef, part)
+                for i in range(p + count, min(p + count + 8, t1)):
+                    prefetch(y.ctypes.data + order[k, i] * step, step)
+                _sums(ws, 0, A, coef, A, 1, ys, count, d, add or k > k0)
+                p += count
 
 
-@_jit
-def back(counter, gy, w_out, w_in, z, acts, leaves, dz, gx, wants_gx, k0, k1, depth, width, block):
-    """dz[n, k, :] = phi'(z) · <gy, w_out> on the path, and gx[n] = sum dz · w_in, added to from the second tree on.
-
-    A task is a block of tokens.
-    """
+@jit
+def back(counter, gy, w_out, w_in, z, acts, leaves, order, dz, gx, add, wants_gx, k0, k1, depth, width, block):
+    """dz[n, k, :] = phi'(z) · <gy, w_out> on the path, and gx[n] (+)= sum dz · w_in. Tasks are those of `up`."""
     N, d = gy.shape
     P = depth + width
     has_nodes = w_out.shape[1] > (width << depth)
@@ -290,8 +307,6 @@ def back(counter, gy, w_out, w_in, z, acts, leaves, dz, gx, wants_gx, k0, k1, de
     M = (1 << depth) - 1
     step = d * gy.itemsize
     blocks = (N + block - 1) // block
-    order = np.empty(block, np.int64)
-    starts = np.empty((1 << depth) + 1, np.int64)
     ws = np.empty(P, np.int64)
     gs = np.empty(CHUNK, np.int64)
     xs = np.empty(CHUNK, np.int64)
@@ -307,38 +322,39 @@ def back(counter, gy, w_out, w_in, z, acts, leaves, dz, gx, wants_gx, k0, k1, de
         t0 = task * block
         t1 = min(N, t0 + block)
         for k in range(k0, k1):
-            _by_leaf(leaves, k, t0, t1, starts, order)
             out_base = w_out.ctypes.data + k * w_out.shape[1] * step
             in_base = w_in.ctypes.data + k * w_in.shape[1] * step
-            p = 0
-            while p < t1 - t0:
-                leaf = leaves[order[p], k]
-                end = starts[leaf + 1]
-                while p < end:
-                    count = min(CHUNK, end - p)
-                    for i in range(count):
-                        gs[i] = gy.ctypes.data + order[p + i] * step
-                        xs[i] = gx.ctypes.data + order[p + i] * step
-                    _path(leaf, depth, width, M, out_base, step, has_nodes, ws)
-                    _products(gs, 0, count, ws, A, d, coef, scratch)
-                    for i in range(count):
-                        t = order[p + i]
-                        for u in range(A):
-                            taken[i * A + u] = z[t, k, P - A + u]
-                    _activate(taken, count, A, width, acts, True, slopes, part)
-                    for i in range(count):
-                        t = order[p + i]
-                        for u in range(A):
-                            g = coef[i * A + u] * slopes[i * A + u]
-                            coef[i * A + u] = g
-                            dz[t, k, P - A + u] = g
+            p = t0
+            while p < t1:
+                leaf = leaves[order[k, p], k]
+                count = _same_leaf(leaves, k, order, p, t1) - p
+                for i in range(count):
+                    gs[i] = gy.ctypes.data + order[k, p + i] * step
+                    xs[i] = gx.ctypes.data + order[k, p + i] * step
+                _path(leaf, depth, width, M, out_base, step, has_nodes, ws)
+                for i in range(p + count, min(p + count + 8, t1)):
+                    prefetch(gy.ctypes.data + order[k, i] * step, step)
                     if wants_gx:
-                        _path(leaf, depth, width, M, in_base, step, True, ws)
-                        _sums(ws, P - A, A, coef, A, 1, xs, count, d, k > 0)
-                    p += count
+                        prefetch(gx.ctypes.data + order[k, i] * step, step)
+                _products(gs, 0, count, ws, A, d, coef, scratch)
+                for i in range(count):
+                    t = order[k, p + i]
+                    for u in range(A):
+                        taken[i * A + u] = z[t, k, P - A + u]
+                _activate(taken, count, A, width, acts, True, slopes, part)
+                for i in range(count):
+                    t = order[k, p + i]
+                    for u in range(A):
+                        g = coef[i * A + u] * slopes[i * A + u]
+                        coef[i * A + u] = g
+                        dz[t, k, P - A + u] = g
+                if wants_gx:
+                    _path(leaf, depth, width, M, in_base, step, True, ws)
+                    _sums(ws, P - A, A, coef, A, 1, xs, count, d, add or k > k0)
+                p += count
 
 
-@_jit
+@jit
 def sort(counter, leaves, k0, k1, starts, order):
     """Tokens by leaf, for each tree: order [K, N] and starts [K, L + 1]. A task is a tree."""
     while True:
@@ -348,9 +364,9 @@ def sort(counter, leaves, k0, k1, starts, order):
         _by_leaf(leaves, k, 0, leaves.shape[0], starts[k], order[k])
 
 
-@_jit
+@jit
 def gradients(
-    counter, x, gy, z, acts, dz, order, starts, gw_in, gb, has_bias, gw_out, partial, rows, wants_in, wants_out, k0, k1,
+    counter, x, gy, z, acts, dz, order, starts, gw_in, gb, gw_out, partial, rows, wants_in, wants_out, k0, k1,
     depth, width,
 ):  # fmt: skip
     """gw_in, gb and gw_out as sums over each row's segment of sorted tokens. A task is (tree, chunk of that order).
@@ -392,11 +408,11 @@ def gradients(
                 span = 1 << (depth - l)
                 if lf % span == 0 and starts[k, lf] == starts[k, lf + span]:
                     n = ((lf + L) >> (depth - l)) - 1
-                    _zero(gw_in, gb, has_bias, gw_out, k, n, n - out_shift, wants_in, wants_out)
+                    _zero(gw_in, gb, gw_out, k, n, n - out_shift, wants_in, wants_out)
             if starts[k, lf] == starts[k, lf + 1]:
                 for j in range(width):
                     n = M + lf * width + j
-                    _zero(gw_in, gb, has_bias, gw_out, k, n, n - out_shift, wants_in, wants_out)
+                    _zero(gw_in, gb, gw_out, k, n, n - out_shift, wants_in, wants_out)
         rows[k, c] = -1
         node[:] = -1
         p = p0
@@ -416,7 +432,7 @@ def gradients(
                     into[u] = gw_in.ctypes.data + (k * gw_in.shape[1] + n) * step
                     outof[u] = gw_out.ctypes.data + (k * gw_out.shape[1] + n - out_shift) * step
                     biases[u] = -1
-                    _zero(gw_in, gb, has_bias, gw_out, k, n, n - out_shift, wants_in, wants_out)
+                    _zero(gw_in, gb, gw_out, k, n, n - out_shift, wants_in, wants_out)
                 else:
                     side = 0 if begins < p0 else 1
                     rows[k, c, side, u] = n
@@ -435,35 +451,38 @@ def gradients(
                     for u in range(A):
                         dz_part[i * A + u] = dz[t, k, first + u]
                         taken[i * A + u] = z[t, k, first + u]
+                for i in range(p + count, min(p + count + 8, p1)):
+                    if wants_in:
+                        prefetch(x.ctypes.data + order[k, i] * step, step)
+                    if wants_out:
+                        prefetch(gy.ctypes.data + order[k, i] * step, step)
                 if wants_in:
                     _sums(xs, 0, count, dz_part, 1, A, into[first:], A, d, True)
-                    if has_bias:
-                        for u in range(A):
-                            total = x.dtype.type(0)
-                            for i in range(count):
-                                total += dz_part[i * A + u]
-                            if biases[first + u] < 0:
-                                gb[k, node[first + u]] += total
-                            else:
-                                partial[k, c, biases[first + u], first + u, 0, d] += total
+                    for u in range(A):
+                        total = x.dtype.type(0)
+                        for i in range(count):
+                            total += dz_part[i * A + u]
+                        if biases[first + u] < 0:
+                            gb[k, node[first + u]] += total
+                        else:
+                            partial[k, c, biases[first + u], first + u, 0, d] += total
                 if wants_out:
                     _activate(taken, count, A, width, acts, False, h_part, part)
                     _sums(gs, 0, count, h_part, 1, A, outof[first:], A, d, True)
                 p += count
 
 
-@_jit
-def _zero(gw_in, gb, has_bias, gw_out, k, row_in, row_out, wants_in, wants_out):
+@jit
+def _zero(gw_in, gb, gw_out, k, row_in, row_out, wants_in, wants_out):
     if wants_in:
         gw_in[k, row_in] = 0
-        if has_bias:
-            gb[k, row_in] = 0
+        gb[k, row_in] = 0
     if wants_out:
         gw_out[k, row_out] = 0
 
 
-@_jit
-def join(counter, gw_in, gb, has_bias, gw_out, partial, rows, wants_in, wants_out, k0, k1, depth, width):
+@jit
+def join(counter, gw_in, gb, gw_out, partial, rows, wants_in, wants_out, k0, k1, depth, width):
     """Add the partial rows of `gradients` in the order of their tokens. A task is a tree."""
     C, P = rows.shape[1], rows.shape[3]
     d = gw_out.shape[2]
@@ -480,13 +499,12 @@ def join(counter, gw_in, gb, has_bias, gw_out, partial, rows, wants_in, wants_ou
                     if n < 0:
                         continue
                     if n != last:
-                        _zero(gw_in, gb, has_bias, gw_out, k, n, n - out_shift, wants_in, wants_out)
+                        _zero(gw_in, gb, gw_out, k, n, n - out_shift, wants_in, wants_out)
                     last = n
                     if wants_in:
                         for j in range(d):
                             gw_in[k, n, j] += partial[k, c, side, u, 0, j]
-                        if has_bias:
-                            gb[k, n] += partial[k, c, side, u, 0, d]
+                        gb[k, n] += partial[k, c, side, u, 0, d]
                     if wants_out:
                         for j in range(d):
                             gw_out[k, n - out_shift, j] += partial[k, c, side, u, 1, j]

@@ -12,19 +12,19 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numba as nb
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
 from ablate.kernels.activations import is_identity
+from ablate.kernels.compiled import jit
 from ablate.kernels.spec import Activation
 
 CODES = {"linear": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4, "silu": 5, "tanh": 6}
 """What the kernels call an activation by; `linear` is phi(z) = gain · z."""
 
-_jit = nb.njit(nogil=True, cache=True, error_model="numpy", boundscheck=False, fastmath={"contract"})
+_jit = jit(fastmath={"contract"})
 _f = np.float32
 _SQRT_HALF, _DENSITY = math.sqrt(0.5), 1 / math.sqrt(2 * math.pi)
 _TANH_C, _TANH_A = math.sqrt(2 / math.pi), 0.044715
@@ -158,9 +158,11 @@ def slope(z, n, act, out):
     elif kind == 2:
         for i in range(n):
             v = z[i]
-            g = _logistic(t(2 * _TANH_C) * (v + t(_TANH_A) * v * v * v), t(1))
+            u = t(2 * _TANH_C) * (v + t(_TANH_A) * v * v * v)
+            # 1 - g would keep no digits of a tail that is multiplied by v cubed.
+            g, rest = _logistic(u, t(1)), _logistic(-u, t(1))
             inner = t(2 * _TANH_C) * (t(1) + t(3 * _TANH_A) * v * v)
-            out[i] = keep * (g + v * g * (t(1) - g) * inner) - drop
+            out[i] = keep * (g + v * g * rest * inner) - drop
     elif kind == 3:
         for i in range(n):
             # f'(z) - s·f'(-z), both 0 at the kink: not f'(z) - s·(1 - f'(z)) there.

@@ -123,9 +123,12 @@ class _Emitter:
 
 
 def _make_dots(tokens: int, rows: int) -> Callable[..., Any]:
-    """Intrinsic for a block of `tokens` × `rows` dot products."""
+    """Intrinsic for a block of `tokens` × `rows` dot products.
+
+    Blocks of every size add up in the same order (one running vector a product), so that a product has the same bits
+    whichever block it falls into: results do not depend on how tokens are cut into tasks.
+    """
     count = tokens * rows
-    unroll = max(1, 8 // count)
 
     def dots(typingctx: Any, xs: Any, x0: Any, ws: Any, w0: Any, d: Any, out: Any, o0: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -135,30 +138,23 @@ def _make_dots(tokens: int, rows: int) -> Callable[..., Any]:
             x = [e.row(data[0], builder.add(args[1], _I64(t))) for t in range(tokens)]
             w = [e.row(data[1], builder.add(args[3], _I64(r))) for r in range(rows)]
             d = args[4]
-            sums = [[e.variable() for _ in range(count)] for _ in range(unroll)]
-            for variable in (v for group in sums for v in group):
+            sums = [e.variable() for _ in range(count)]
+            for variable in sums:
                 builder.store(e.zero(), variable)
 
-            def step(j: Any, group: list[Any], load: Callable[[Any, Any], Any]) -> None:
+            def step(j: Any, load: Callable[[Any, Any], Any]) -> None:
                 xv, wv = [load(p, j) for p in x], [load(p, j) for p in w]
-                for i, variable in enumerate(group):
+                for i, variable in enumerate(sums):
                     value = e.multiply_add(xv[i // rows], wv[i % rows], builder.load(variable))
                     builder.store(value, variable)
 
-            stride = e.lanes * unroll
-            whole = builder.and_(d, _I64(-stride))
-            with cgutils.for_range_slice(builder, _I64(0), whole, _I64(stride)) as (j, _):
-                for u, group in enumerate(sums):
-                    step(builder.add(j, _I64(u * e.lanes)), group, e.load)
+            whole = builder.and_(d, _I64(-e.lanes))
+            with cgutils.for_range_slice(builder, _I64(0), whole, _I64(e.lanes)) as (j, _):
+                step(j, e.load)
             with cgutils.for_range_slice(builder, whole, d, _I64(e.lanes)) as (j, _):
                 mask = e.mask(builder.sub(d, j))
-                step(j, sums[0], lambda p, at: e.load_masked(p, at, mask))
-            totals = []
-            for i in range(count):
-                total = builder.load(sums[0][i])
-                for group in sums[1:]:
-                    total = builder.fadd(total, builder.load(group[i]), flags=_CONTRACT)
-                totals.append(total)
+                step(j, lambda p, at: e.load_masked(p, at, mask))
+            totals = [builder.load(variable) for variable in sums]
             start = args[6]
             for vector in e.sums(totals):
                 target = builder.bitcast(builder.gep(data[2], [start]), vector.type.as_pointer())
@@ -235,6 +231,23 @@ dots81 = _make_dots(8, 1)
 dots41, dots42, dots44 = _make_dots(4, 1), _make_dots(4, 2), _make_dots(4, 4)
 dots11, dots12, dots14 = _make_dots(1, 1), _make_dots(1, 2), _make_dots(1, 4)
 combine1, combine2, combine3, combine4 = (_make_combine(n) for n in (1, 2, 3, 4))
+
+
+@intrinsic
+def prefetch(typingctx: Any, address: Any, size: Any) -> Any:
+    """Ask for the cache lines of `size` bytes at an address, so that a row is near before a product needs it."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        i32 = ir.IntType(32)
+        byte = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        end = builder.add(args[0], args[1])
+        with cgutils.for_range_slice(builder, args[0], end, _I64(64)) as (at, _):
+            builder.call(function, [builder.inttoptr(at, byte), i32(0), i32(3), i32(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
 
 
 @intrinsic

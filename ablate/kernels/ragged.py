@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ablate.kernels import ragged_kernels as kernels
 from ablate.kernels.activations import phi, phi_slope
-from ablate.kernels.cpu import _activations, _block, _empty, _launch, _plain
+from ablate.kernels.cpu import _activations, _empty, _launch, _plain
 from ablate.kernels.op import _SPEC_FIELDS, Backend, TreeOutput, _spec
 from ablate.kernels.spec import TreeSpec
 
@@ -249,7 +249,7 @@ def _down(
     limits = thresholds.detach().to(x.dtype).contiguous()
     _launch(
         kernels.down, x, w_in, x.new_empty(0) if b is None else b, b is not None, limits, shape.roots, shape.branches,
-        shape.split, taken, leaves is not None, z, units, all_nodes, spec.depth, spec.leaf_width, _block(n, spec),
+        shape.split, taken, leaves is not None, z, units, all_nodes, spec.depth, spec.leaf_width, _block(n),
     )  # fmt: skip
     return z, taken
 
@@ -260,7 +260,7 @@ def _up(z: Tensor, w_out: Tensor, leaves: Tensor, shape: Shape, spec: TreeSpec, 
     out_nodes = len(shape.branches) if spec.node_output else 0
     _launch(
         kernels.up, z, _activations(spec), w_out, out_nodes, leaves, y, shape.trees, shape.paths, shape.lengths, k0, k1,
-        spec.depth, spec.leaf_width, _block(z.shape[0], spec),
+        spec.depth, spec.leaf_width, _block(z.shape[0]),
     )  # fmt: skip
     return y
 
@@ -389,7 +389,7 @@ def _chain(
     dz, acts = torch.zeros_like(z), _activations(spec)
     _launch(
         kernels.back, gy, w_out, out_nodes, w_in, z, acts, leaves, dz, gx, needs[0], shape.trees, shape.paths,
-        shape.lengths, nodes, k0, k1, spec.depth, spec.leaf_width, _block(n, spec),
+        shape.lengths, nodes, k0, k1, spec.depth, spec.leaf_width, _block(n),
     )  # fmt: skip
     if wants_in or wants_out:
         starts = np.empty(len(shape.lengths) + spec.trees, np.int64)
@@ -424,3 +424,8 @@ def _backward(ctx: Any, gy: Tensor | None, _leaves: Any, _responses: Any) -> tup
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _block(tokens: int) -> int:
+    """Tokens of one task: enough that a leaf's share of them is more than one or two."""
+    return max(1, min(2048, tokens))

@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+import os
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
 
-from tests.kernels.contract import BackendContract
+from ablate.kernels import activations, cpu, cpu_dense, cpu_pointwise, cpu_routes
+from ablate.kernels.compiled import jit
+from ablate.kernels.spec import Activation, Placement
+from ablate.kernels.threads import run_on_threads
+from tests.kernels.contract import CASES, BackendContract, Case, Layer, assert_close, check, random_cases, tree
+
+DTYPES = (torch.float32, torch.float64)
 
 
 @pytest.fixture
-def two_threads() -> Iterator[None]:
+def restore_threads() -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
 
 
 @pytest.fixture
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
+def one_thread(restore_threads: None) -> None:
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def two_threads(restore_threads: None) -> None:
+    torch.set_num_threads(2)
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -35,4 +53,146 @@ class TestOneThread(BackendContract):
 @pytest.mark.usefixtures("two_threads")
 class TestTwoThreads(BackendContract):
     backend = "cpu"
-    dtypes = (torch.float32, torch.float64)
+    dtypes = DTYPES
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(case=random_cases(tokens=300, d=80))
+def test_random_shapes(case: Case) -> None:
+    check(case, "cpu", DTYPES[case.seed % 2])
+
+
+BIG = Case(why="several tasks", tokens=1500, d=40, spec=tree(trees=3, depth=4, leaf_width=3), thresholds=True)
+
+
+@pytest.mark.parametrize("case", [BIG, replace(BIG, hot=True), replace(BIG, spec=tree(trees=1, depth=7, leaf_width=1))])
+def test_several_tasks_a_thread_agree_with_the_reference(case: Case, two_threads: None) -> None:
+    check(case, "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("placement", ["unit", "tree"])
+def test_bits_do_not_depend_on_threads_or_tasks(placement: Placement, restore_threads: None) -> None:
+    layer = Layer.of(replace(BIG, spec=replace(BIG.spec, placement=placement)), torch.float32, "cpu")
+    torch.set_num_threads(1)
+    alone, alone_grads = layer.call("cpu")
+    for threads in (2, 3, 5):
+        torch.set_num_threads(threads)
+        out, grads = layer.call("cpu")
+        assert torch.equal(out.y, alone.y)
+        assert torch.equal(out.responses, alone.responses)
+        assert torch.equal(out.leaves, alone.leaves)
+        for name, grad in grads.items():
+            assert torch.equal(grad, alone_grads[name]), name
+
+
+def test_a_token_does_not_depend_on_its_neighbours() -> None:
+    layer = Layer.of(BIG, torch.float32, "cpu")
+    together, _ = layer.call("cpu")
+    for first, last in ((0, 1), (700, 713), (1499, 1500)):
+        part, _ = replace(layer, x=layer.x[first:last], gy=layer.gy[first:last]).call("cpu")
+        assert torch.equal(part.y, together.y[first:last])
+        assert torch.equal(part.leaves, together.leaves[first:last])
+
+
+DENSE = [c for c in CASES if c.spec.placement == "unit"]
+
+
+@pytest.mark.parametrize("case", DENSE, ids=str)
+def test_the_dense_route_agrees(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every shape goes through dense products when the table says that they always pay."""
+    always = cpu_routes.routes()._replace(dense_below=math.inf)
+    monkeypatch.setattr(cpu_routes, "routes", lambda: always)
+    assert cpu_routes.plan(case.tokens, case.d, case.spec, 1).dense
+    check(case, "cpu", torch.float64)
+
+
+def test_placements_behind_a_sum_never_go_dense() -> None:
+    always = cpu_routes.routes()._replace(dense_below=math.inf)
+    assert not cpu_routes.plan(100, 16, tree(placement="tree"), 1, always).dense
+
+
+def test_dense_and_sparse_routes_save_the_same_state() -> None:
+    layer = Layer.of(CASES[0], torch.float64, "cpu")
+    arguments = (layer.x, layer.w_in, layer.b, layer.w_out, None, None, layer.case.spec)
+    for got, want in zip(cpu_dense.forward(*arguments), cpu.forward(*arguments), strict=True):
+        assert got.dtype == want.dtype
+        assert_close("state", got, want.double(), 1e-12)
+
+
+@pytest.mark.parametrize("text", ['{"version": 1}', '{"version": 2, "machine": "", "block": 1, "dense_below": 1}'])
+def test_a_table_of_routes_that_does_not_fit_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="expected version 1"):
+        cpu_routes.read(text)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("activation", "mirror"),
+    [("tanh", 0.0), *itertools.product(["gelu", "gelu_tanh", "relu", "relu2", "silu"], [0.0, -1.0, 1.0, 0.4])],
+)
+def test_pointwise_functions(activation: Activation, mirror: float, dtype: type[np.floating]) -> None:
+    """Against the definition in float64, over the whole range, zero and far tails included."""
+    z = np.concatenate([np.linspace(-9, 9, 4001), [0.0, -0.0, 1e-30, -1e-30, 60.0, -60.0]]).astype(dtype)
+    exact = torch.from_numpy(z).double()
+    tolerance = 2e-6 if dtype is np.float32 else 1e-13
+    for ours, definition in ((cpu_pointwise.phi, activations.phi), (cpu_pointwise.slope, activations.phi_slope)):
+        got = np.empty_like(z)
+        ours(z, len(z), np.array(cpu_pointwise.code(activation, mirror, 1.3)), got)
+        want = definition(exact, activation, mirror, 1.3).numpy()
+        assert np.all(np.abs(got - want) <= tolerance * (1 + np.abs(want)))
+
+
+def test_work_runs_on_torchs_own_threads(two_threads: None) -> None:
+    """No second pool: any number of parallel regions of ours, between torch's, starts no further thread."""
+    a = torch.randn(600, 600)
+    layer = Layer.of(replace(BIG, tokens=600), torch.float32, "cpu")
+    a @ a
+    layer.call("cpu")
+    before = len(os.listdir("/proc/self/task"))
+    for _ in range(5):
+        a @ a
+        layer.call("cpu")
+    assert len(os.listdir("/proc/self/task")) == before
+    seen: set[int] = set()
+    gate = threading.Barrier(2, timeout=60)
+
+    def work() -> None:
+        seen.add(threading.get_native_id())
+        gate.wait()
+
+    run_on_threads(work, 2)
+    first = set(seen)
+    run_on_threads(work, 2)
+    assert len(first) == 2
+    assert seen == first
+
+
+def test_an_error_in_a_thread_reaches_the_caller(two_threads: None) -> None:
+    def fail() -> None:
+        raise RuntimeError("from a thread")
+
+    with pytest.raises(RuntimeError, match="from a thread"):
+        run_on_threads(fail, 2)
+
+
+def test_kernels_compile_where_nothing_can_be_cached() -> None:
+    """Numba refuses to cache a function without a file, as it does where no folder can be written."""
+    space: dict[str, Any] = {}
+    exec("def add(x):\n    return x + 1", space)
+    assert jit(space["add"])(1) == 2
+
+
+@pytest.mark.soak
+def test_two_processes_may_compile_at_once(tmp_path: Path) -> None:
+    """Both write the same cache, and both results are right."""
+    code = (
+        "import torch\nfrom ablate.kernels.op import tree_feedforward\nfrom ablate.kernels.spec import TreeSpec\n"
+        "s = TreeSpec(trees=2, depth=3, leaf_width=2)\ng = torch.Generator().manual_seed(0)\n"
+        "x, w, v = (torch.randn(*t, generator=g) for t in ((50, 16), (2, 23, 16), (2, 23, 16)))\n"
+        "a, b = (tree_feedforward(x, w, None, v, s, backend=n).y for n in ('cpu', 'reference'))\n"
+        "assert torch.allclose(a, b, atol=1e-4)\n"
+    )
+    fresh = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    both = [subprocess.Popen([sys.executable, "-c", code], env=fresh) for _ in range(2)]
+    assert [p.wait(300) for p in both] == [0, 0]
+    assert any((tmp_path / "cache").rglob("*.nbi"))
