@@ -43,6 +43,10 @@ class Corpus(Section):
     split: str = "train"
     text_field: str = "text"
     streaming: bool = False
+    """hub: read the source as a stream while the corpus is prepared, instead of downloading it first."""
+    stream: bool = False
+    """hub, or files of .jsonl or .parquet: train from the source itself, which is never stored. The corpus that is prepared
+    (the first max_documents) gives the tokenizer and the held-out slice."""
     max_documents: Positive | None = None
     tokenizer: Literal["bpe", "bytes", "file"] = "bpe"
     tokenizer_file: str | None = None
@@ -57,8 +61,14 @@ class Corpus(Section):
             raise ValueError("path is missing: source 'files' needs a directory, file or glob")
         if self.source == "hub" and not (self.preset or self.name):
             raise ValueError("name is missing: source 'hub' needs a preset or a data set's name")
+        if self.stream and (self.source == "stdlib" or self.max_documents is None):
+            raise ValueError(
+                "stream is true: it needs source 'hub' or 'files', and max_documents for the prepared sample"
+            )
         if (self.tokenizer == "file") != bool(self.tokenizer_file):
-            raise ValueError(f"tokenizer_file is {self.tokenizer_file!r}: it is given with tokenizer 'file', and only then")
+            raise ValueError(
+                f"tokenizer_file is {self.tokenizer_file!r}: it is given with tokenizer 'file', and only then"
+            )
         return self
 
 
@@ -199,7 +209,9 @@ class Train(Section):
     def _divides(self) -> Self:
         parts = self.accumulate * self.devices
         if self.batch_size % parts:
-            raise ValueError(f"batch_size is {self.batch_size}: it must be a multiple of accumulate x devices = {parts}")
+            raise ValueError(
+                f"batch_size is {self.batch_size}: it must be a multiple of accumulate x devices = {parts}"
+            )
         return self
 
 
@@ -222,7 +234,9 @@ class Trial(Section):
             raise ValueError(f"tree.node_backward is {self.tree.node_backward!r}: it needs train.backend 'reference'")
         leaves, probe = self.tree.leaves, self.train.eval_tokens
         if self.model.feedforward == "tree" and probe < 64 * leaves:
-            raise ValueError(f"train.eval_tokens is {probe}: depth {self.tree.depth} needs at least 64 x leaves = {64 * leaves}")
+            raise ValueError(
+                f"train.eval_tokens is {probe}: depth {self.tree.depth} needs at least 64 x leaves = {64 * leaves}"
+            )
         return self
 
     @property
@@ -258,7 +272,14 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "gpt2-small": {
         "model": {"d_model": 768, "blocks": 12, "heads": 12, "context": 1024},
         "tree": {"trees": 4, "depth": 8, "leaf_width": 2},
-        "train": {"batch_size": 512, "accumulate": 16, "lr": 6e-4, "steps": 19000, "eval_every": 1000, "eval_tokens": 262144},
+        "train": {
+            "batch_size": 512,
+            "accumulate": 16,
+            "lr": 6e-4,
+            "steps": 19000,
+            "eval_every": 1000,
+            "eval_tokens": 262144,
+        },
         "corpus": {"vocab_size": 50257},
     },
     # Blocks, width, heads, context and vocabulary of OPT-1.3B and of GPT-3 XL; in a micro-batch of 8, a million tokens a step.
@@ -382,7 +403,9 @@ class Study(Section):
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if self.pruner and len(self.objectives) > 1:
-            raise ValueError(f"pruner is {self.pruner!r}: with {len(self.objectives)} objectives no trial can be pruned; drop one")
+            raise ValueError(
+                f"pruner is {self.pruner!r}: with {len(self.objectives)} objectives no trial can be pruned; drop one"
+            )
         if self.pruner and self.design != "search":
             raise ValueError(f"pruner is {self.pruner!r}: only design 'search' prunes")
         if len(set(self.seeds)) < len(self.seeds):
@@ -482,7 +505,9 @@ def load_study(path: Path) -> Study:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"study file {str(path)!r} is not YAML{line}: {getattr(error, 'problem', None) or 'not readable'}") from None
+        raise ConfigError(
+            f"study file {str(path)!r} is not YAML{line}: {getattr(error, 'problem', None) or 'not readable'}"
+        ) from None
     if not isinstance(data, dict):
         what = "empty" if data is None else f"a {type(data).__name__}"
         raise ConfigError(f"study file {str(path)!r} is {what}: a mapping with name, factors, … is expected")

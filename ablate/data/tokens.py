@@ -163,7 +163,7 @@ def corpus_key(corpus: Corpus, root: Path) -> str:
 
     Files count by their names and content, so a folder that was moved is the same corpus.
     """
-    unused = {"path", "tokenizer_file"} | ({"vocab_size"} if corpus.tokenizer != "bpe" else set())
+    unused = {"path", "tokenizer_file", "stream"} | ({"vocab_size"} if corpus.tokenizer != "bpe" else set())
     settings = corpus.model_dump(mode="json", exclude=unused)
     state: dict[str, Any] = {"format": FORMAT, "corpus": settings, **corpora.identity(corpus, root)}
     if corpus.tokenizer_file:

@@ -10,12 +10,14 @@ import subprocess
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
 from ablate.config import Trial
 from ablate.data.module import TokenData
+from ablate.data.stream import StreamData
 from ablate.data.tokens import Prepared, prepare
 from ablate.model.counts import count
 from ablate.training.callbacks import LAST, USAGE_PARTS, Evaluator, Watch, calibration_windows
@@ -60,16 +62,19 @@ def run_trial(
     resuming = last.exists()
     if not resuming:
         module.model.calibrate(calibration_windows(prepared, trial))
-    data = TokenData(
-        prepared,
-        context=trial.model.context,
-        batch_size=trial.train.batch_size // trial.train.accumulate // trial.train.devices,
-        data_seed=trial.data_seed,
-        steps=trial.train.steps * trial.train.accumulate,
-        start_step=read_checkpoint(last)["global_step"] * trial.train.accumulate if resuming else 0,
-        eval_tokens=trial.train.eval_tokens,
-        eval_batch_size=max(1, EVAL_BATCH_TOKENS // trial.model.context),
-    )
+    batches: dict[str, Any] = {
+        "context": trial.model.context,
+        "batch_size": trial.train.batch_size // trial.train.accumulate // trial.train.devices,
+        "data_seed": trial.data_seed,
+        "steps": trial.train.steps * trial.train.accumulate,
+        "start_step": read_checkpoint(last)["global_step"] * trial.train.accumulate if resuming else 0,
+        "eval_tokens": trial.train.eval_tokens,
+        "eval_batch_size": max(1, EVAL_BATCH_TOKENS // trial.model.context),
+    }
+    if trial.corpus.stream:
+        data: TokenData = StreamData(prepared, trial.corpus, data_root / ".cache", **batches)
+    else:
+        data = TokenData(prepared, **batches)
     evaluator = Evaluator(trial, prepared, folder, observer, watch)
     trainer = _trainer(trial, evaluator, folder)
     with warnings.catch_warnings():
@@ -156,7 +161,9 @@ def _git() -> tuple[str, bool]:
 
     def git(*arguments: str) -> str | None:
         try:
-            done = subprocess.run(["git", "-C", here, *arguments], capture_output=True, text=True, timeout=30, check=False)
+            done = subprocess.run(
+                ["git", "-C", here, *arguments], capture_output=True, text=True, timeout=30, check=False
+            )
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None
