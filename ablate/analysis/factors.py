@@ -24,9 +24,9 @@ def analyse_factors(
 ) -> dict[str, Any]:
     """Type II analysis per endpoint (name to margin), as {terms, findings, withheld}.
 
-    Findings are level effects: of a factor alone where no interaction that contains it stands, else its simple
-    effects at the
-    levels of the factors it interacts with. Both families are adjusted by Benjamini-Hochberg.
+    Findings are level effects: of a factor over all cells where no interaction that contains it stands, else its simple
+    effects at the levels of the factors it interacts with. Both are paired over seeds (HC3 where no two seeds can be
+    paired), and both families, terms and level effects, are adjusted by Benjamini-Hochberg.
     """
     out: dict[str, Any] = {"terms": [], "findings": [], "withheld": [], "left_out": [], "cells": []}
     if tables.study.design != "factorial" or not tables.factors:
@@ -178,12 +178,12 @@ def _level_effects(
                 "seeds": used,
                 "run_ids": ids,
             }
-            if not partners:
-                out.append((record, effects.level_effect(d, fitted, factor, level, 0)))
-                continue
             by_seed = _paired_by_seed(d, y, factor, level, mask)
             if len(by_seed) >= 2:
-                out.append((record | {"n": len(by_seed)}, contrasts.paired(list(by_seed.values()))))
+                record |= {"n": len(by_seed), "paired": True}
+                out.append((record, contrasts.paired(list(by_seed.values()))))
+            elif not partners:
+                out.append((record | {"paired": False}, effects.level_effect(d, fitted, factor, level, 0)))
     return out
 
 
@@ -233,7 +233,6 @@ def _judged(family: list[dict[str, Any]], estimates: list[Estimate]) -> list[dic
             "p_sign_flip": None,
             "p_within_margin": float(judged.p_within[i]),
             "detectable": None,
-            "paired": True,
         }
         out.append(full)
     return out

@@ -11,7 +11,11 @@ import polars as pl
 from ablate.analysis import contrasts, power
 from ablate.analysis.contrasts import Claim, Estimate
 
-MODES = 2.0  # Ashman's D from which collapsed and other runs are two modes
+# Collapsed and other runs are two modes where Ashman's D is over 2 and no run lies within the gap, in bits_lost. The
+# gap
+# keeps a threshold that happens to cut one continuous cloud of few seeds from counting as two.
+MODES = 2.0
+GAP = 0.15
 UNITS = {"bpb": "bits per byte", "n_eff_frac": "share of leaves in effective use", "dead_frac": "share of leaves dead"}
 
 
@@ -62,8 +66,18 @@ class Runs:
         hit = sum(flags.values())
         if not 0 < hit < len(flags):
             return ""
-        d = power.separation(np.array(list(self.bits_lost[arm].values())), np.array(list(flags.values())))
-        return f"{hit} of {len(flags)} runs of {arm} collapsed, the others did not: no average" if d > MODES else ""
+        values, which = np.array(list(self.bits_lost[arm].values())), np.array(list(flags.values()))
+        if not two_modes(values, which):
+            return ""
+        return f"{hit} of {len(flags)} runs of {arm} collapsed, the others did not: no average"
+
+
+def two_modes(bits_lost: Any, collapsed: Any) -> Any:
+    """Whether collapsed and other runs [..., n] are two clearly separate groups [...]; False where only one occurs."""
+    x, c = np.asarray(bits_lost, dtype=float), np.asarray(collapsed, dtype=bool)
+    gap = np.where(c, x, np.inf).min(-1) - np.where(c, -np.inf, x).max(-1)
+    both = c.any(-1) & ~c.all(-1)
+    return both & (gap >= GAP) & (power.separation(x, c) > MODES)
 
 
 def findings(

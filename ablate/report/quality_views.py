@@ -10,7 +10,7 @@ import polars as pl
 from ablate.report.context import Context
 from ablate.report.draw import ellipse, few_ticks, legend, mark, plain, plotly_mark, wrap
 from ablate.report.parts import Column, Table, View
-from ablate.report.style import COLOURS, DASHES, INK, MARKERS, MUTED, new
+from ablate.report.style import COLOURS, DASHES, INK, MARKERS, MUTED, ArmStyle, new
 
 SEED_DOTS = 1500  # runs drawn one by one; above that, arm means only
 
@@ -42,24 +42,8 @@ def pareto(c: Context) -> View:
         ring = ellipse(x, y) if len(groups) <= 24 else None
         if ring:
             ax.plot(*ring, color=style.colour, linewidth=0.7, alpha=0.6, linestyle=DASHES[style.dash])
-        seeds = groups[arm]["seed"].to_list()
-        ids = groups[arm]["run_id"].to_list()
         label = c.labels[arm]
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "name": plain(label),
-                "x": x if dots else [np.mean(x)],
-                "y": y if dots else [np.mean(y)],
-                "text": [f"seed {s}, run {i[:8]}" for s, i in zip(seeds, ids, strict=True)]
-                if dots
-                else [f"{len(x)} seeds"],
-                "marker": plotly_mark(style),
-                "showlegend": len(shown) <= 24,
-                "hovertemplate": "%{text}<br>n_eff %{x:.3f}, bpb %{y:.4f}<extra>" + plain(label) + "</extra>",
-            }
-        )
+        traces.append(_dots(groups[arm], label, style, dots, len(shown) <= 24))
     if len(groups):
         values = finished["bpb"].to_numpy()
         low, high = float(values.min()), float(values.max())
@@ -165,6 +149,25 @@ def pareto(c: Context) -> View:
     return view
 
 
+def _dots(group: pl.DataFrame, label: str, style: ArmStyle, dots: bool, named: bool) -> dict[str, Any]:
+    """One arm's plotly trace: every seed where they are drawn, and the mean, larger."""
+    x, y = group["n_eff_frac"].to_list(), group["bpb"].to_list()
+    text = [f"seed {s}, run {i[:8]}" for s, i in zip(group["seed"], group["run_id"], strict=True)] if dots else []
+    many = len(x) if dots else 0
+    marker = plotly_mark(style) | {"size": [8] * many + [13]}
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": plain(label),
+        "x": [*x[:many], float(np.mean(x))],
+        "y": [*y[:many], float(np.mean(y))],
+        "text": [*text, f"mean of {len(x)}"],
+        "marker": marker,
+        "showlegend": named,
+        "hovertemplate": "%{text}<br>n_eff %{x:.3f}, bpb %{y:.4f}<extra>" + plain(label) + "</extra>",
+    }
+
+
 def _controls(c: Context) -> dict[str, float]:
     out = {}
     for a in c.findings["arms"]:
@@ -179,7 +182,8 @@ def losses(c: Context) -> View:
         "loss", "Loss curves and learning rates", "Was every arm trained to its end, at a learning rate that suits it?"
     )
     history = c.tables.history.filter(pl.col("bpb").is_not_null() & (pl.col("kind") != "tune") & (pl.col("step") > 0))
-    arms = [a for a in c.order if a in set(history["arm"].unique())]
+    present = set(history["arm"].unique())
+    arms = [a for a in c.order if a in present]
     arms = [a for a in arms if a in c.shown or c.kinds[a] == "control"]
     if not arms:
         view.missing = f"No evaluation after step 0: run `ablate study run studies/{c.tables.name}.yaml`."

@@ -26,7 +26,8 @@ def power(c: Context) -> View:
     if frame.is_empty():
         view.missing = f"No finished run: run `ablate study run studies/{c.tables.name}.yaml`."
         return view
-    arms = [a for a in c.order if a in set(frame["arm"])]
+    present = set(frame["arm"])
+    arms = [a for a in c.order if a in present]
     arms = arms if len(arms) <= DOTS else [a for a in arms if a in c.shown or c.kinds[a] == "control"]
     figure = new(7.6, 0.27 * len(arms) + 1.2)
     left, right = figure.subplots(1, 2, sharey=True)

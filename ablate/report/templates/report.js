@@ -41,7 +41,7 @@
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", autosize: true, dragmode: coarse ? false : "zoom",
       font: { family: "system-ui, sans-serif", size: 12, color: css("--ink") }, margin: { l: 60, r: 16, t: 16, b: 50 },
       hoverlabel: { bgcolor: css("--soft"), bordercolor: css("--line"), font: { color: css("--ink") } },
-      legend: { orientation: "h", y: -0.16, yanchor: "top", font: { size: narrow ? 10 : 11 } },
+      legend: { orientation: "h", y: narrow ? -0.3 : -0.16, yanchor: "top", font: { size: narrow ? 10 : 11 } },
       xaxis: axis(), yaxis: axis(),
     };
     const layout = merge(base, paint(spec.layout));
@@ -114,6 +114,7 @@
         canvas.style.height = `${Math.max(120, tall * 11)}px`;
         const context = canvas.getContext("2d"), image = context.createImageData(wide, tall);
         let dead = 0;
+        for (let i = 0; i < image.data.length; i++) image.data[i] = i % 4 === 3 ? 255 : 128;
         for (let l = 0; l < layers; l++) for (let k = 0; k < trees; k++) for (let j = 0; j < leaves; j++) {
           const code = load[((s * layers + l) * trees + k) * leaves + j];
           const value = code === 0 ? -20 : ((code - 1) / 254) * 16 - 8;

@@ -1,0 +1,215 @@
+"""The report of a synthetic study: what it says, that it says the same twice, and that names stay names."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from ablate.analysis.findings import analyse
+from ablate.config import ConfigError
+from ablate.report import parts
+from ablate.report.build import VIEWS, build
+from ablate.report.compare import compare
+from tests.report.synthetic import write_study
+
+EVIL = "<script>alert(1)</script> `x` $y$ | %{z} [l](u) &amp; \"q'"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("report")
+    write_study(root, arms={EVIL: {"tree.router": "frozen"}}, title=EVIL, machine=EVIL)
+    build("demo", root, "http://127.0.0.1:5000/")
+    return root
+
+
+@pytest.fixture(scope="module")
+def findings(root: Path) -> dict[str, Any]:
+    return dict(json.loads((root / "reports/demo/findings.json").read_text()))
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
+
+
+def test_same_tables_give_the_same_bytes(root: Path) -> None:
+    before = files(root / "reports/demo")
+    analyse("demo", root)
+    build("demo", root, "http://127.0.0.1:5000")
+    assert files(root / "reports/demo") == before
+    assert {p.split("/")[0] for p in before} == {
+        "findings.json",
+        "metrics.json",
+        "index.html",
+        "report.md",
+        "figures",
+        "tables",
+    }
+
+
+def test_every_finding_has_what_the_schema_promises(findings: dict[str, Any], root: Path) -> None:
+    known = set(pl.read_parquet(root / "tables/demo/trials.parquet")["run_id"])
+    assert {f["family"] for f in findings["findings"]} == {"arms", "dense", "factors"}
+    for f in findings["findings"]:
+        assert f["verdict"] in {"supported", "refuted", "inconclusive"}
+        assert f["run_ids"]
+        assert set(f["run_ids"]) <= known
+        assert f["n"] >= 2
+        assert f["interval"][0] <= f["effect"] <= f["interval"][1]
+        assert 0 <= f["p"] <= f["p_adjusted"] <= 1 or f["adjustment"] == "bh"
+    documented = Path("docs/findings.md").read_text(encoding="utf-8")
+    fields = set(findings) | {k for f in findings["findings"] for k in f}
+    assert [k for k in sorted(fields) if f"`{k}`" not in documented] == []
+
+
+def test_planted_truth_is_found_end_to_end(findings: dict[str, Any]) -> None:
+    """The generator makes centred routing balanced, and dense layers of active size 0.11 bpb worse than of total
+    size.
+    """
+    centred = [
+        f
+        for f in findings["findings"]
+        if f["family"] == "factors" and f["factor"] == "tree.routing" and f["endpoint"] == "n_eff_frac"
+    ]
+    assert any(f["verdict"] == "supported" and f["effect"] > 0.2 for f in centred)
+    assert findings["assay"]["sensitive"]
+    matches = [f for f in findings["findings"] if f["claim"] == "matches"]
+    assert not any(f["verdict"] == "supported" for f in matches)
+    story = {a["label"]: a["signs"] for a in findings["arms"]}
+    assert "ends_balanced" in story["mirror 0, unit, centred"]
+    assert "dips" in story["mirror 0, unit, sign"]
+
+
+def test_diverged_runs_stay_and_are_listed(findings: dict[str, Any]) -> None:
+    [lost] = findings["exclusions"]
+    assert [lost["status"], lost["kept"]] == ["diverged", True]
+    hit = [
+        f
+        for f in findings["findings"]
+        if lost["run_id"] in f["run_ids"] and f["endpoint"] == "bpb" and f["kind"] == "contrast"
+    ]
+    assert hit
+    for f in hit:
+        assert f["effect"] > 1  # the untrained model's bpb counts
+        assert abs(f["finished_only"]["effect"]) < 0.2
+
+
+def test_all_views_are_there_and_missing_data_name_their_command(root: Path) -> None:
+    page = (root / "reports/demo/index.html").read_text(encoding="utf-8")
+    assert len(re.findall(r"<section id=", page)) == len(VIEWS)
+    [missing] = re.findall(r'<p class="missing">(.*?)</p>', page)
+    assert "ablate prune demo" in unescape(missing)
+    assert 'href="http://127.0.0.1:5000/#/runs/' in page
+    assert len(page.encode()) < 15e6
+
+
+def test_hostile_names_stay_text(root: Path) -> None:
+    folder = root / "reports/demo"
+    page = (folder / "index.html").read_text(encoding="utf-8")
+    assert page.count("<script>alert") == 0
+    assert "&lt;script&gt;alert(1)" in page
+    assert "\\u003cscript>alert(1)" in page  # in the page's data block
+    for svg in (folder / "figures").glob("*.svg"):
+        assert "<script" not in svg.read_text(encoding="utf-8")
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    assert "<script" not in text
+    assert r"\<script\>alert(1)\</script\>" in text
+    latex = (folder / "tables/balance_story.tex").read_text(encoding="utf-8")
+    assert r"\$y\$" in latex
+    assert "| %{z}" not in latex
+
+
+def test_cells_never_start_a_spreadsheet_formula() -> None:
+    frame = pl.DataFrame({"arm": ["=cmd()", "+1", "@x", "plain"], "value": [-1.0, 2.0, 3.0, 4.0]})
+    lines = parts.safe_csv(frame).splitlines()
+    assert [line.split(",")[0] for line in lines] == ["arm", "'=cmd()", "'+1", "'@x", "plain"]
+    assert lines[1].endswith("-1.0")
+
+
+@pytest.mark.parametrize("address", ["javascript:alert(1)", "http://x/'onclick=", "file:///etc"])
+def test_only_http_addresses_become_links(root: Path, address: str) -> None:
+    with pytest.raises(ConfigError, match="MLflow address"):
+        build("demo", root, address)
+
+
+def test_missing_tables_name_their_command(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"study file .*none\.yaml' does not exist"):
+        analyse("none", tmp_path)
+    with pytest.raises(ConfigError, match="study name '<script>'"):
+        analyse("<script>", tmp_path)
+    write_study(tmp_path, usage=0)
+    (tmp_path / "tables/demo/trials.parquet").unlink()
+    with pytest.raises(ConfigError, match=r"ablate study run studies/demo\.yaml`, then `ablate collect demo"):
+        analyse("demo", tmp_path)
+    (tmp_path / "tables/demo/trials.parquet").write_bytes(b"not parquet")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        analyse("demo", tmp_path)
+    (tmp_path / "results/demo/plan.json").write_text("{")
+    write_study(tmp_path / "other", usage=0)
+    (tmp_path / "other/results/demo/plan.json").write_text("{")
+    with pytest.raises(ConfigError, match="is not JSON"):
+        analyse("demo", tmp_path / "other")
+
+
+def test_a_confirm_study_judges_its_contrasts_under_holm(tmp_path: Path) -> None:
+    contrasts: list[dict[str, Any]] = [
+        {"arm": "centred", "endpoint": "n_eff_frac", "claim": "higher", "margin": 0.05},
+        {"arm": "centred", "endpoint": "bpb", "claim": "matches", "margin": 0.05},
+        {"arm": "even", "reference": "dense_total", "endpoint": "bpb", "claim": "matches", "margin": 0.01},
+    ]
+    arms: dict[str, dict[str, Any]] = {"centred": {"tree.routing": "centred"}, "even": {"tree.mirror": 1.0}}
+    write_study(tmp_path, seeds=tuple(range(8)), arms=arms, contrasts=contrasts, diverged=False, tune=False, usage=0)
+    data = json.loads(analyse("demo", tmp_path).read_text())
+    verdicts = [f["verdict"] for f in data["findings"] if f["family"] == "confirm"]
+    assert verdicts == ["supported", "supported", "refuted"]
+    assert [x["adjustment"] for x in data["families"] if x["family"] == "confirm"] == ["holm"]
+    # Without the dense controls nobody knows whether the task can tell, so nothing "matches dense".
+    trials = pl.read_parquet(tmp_path / "tables/demo/trials.parquet")
+    trials.filter(pl.col("arm") != "dense_active").write_parquet(tmp_path / "tables/demo/trials.parquet")
+    data = json.loads(analyse("demo", tmp_path).read_text())
+    last = [f for f in data["findings"] if f["family"] == "confirm"][-1]
+    assert last["verdict"] == "inconclusive"
+    assert "assay sensitivity" in last["reasons"][0]
+
+
+def test_two_modes_are_not_averaged(tmp_path: Path) -> None:
+    write_study(tmp_path, diverged=False, tune=False, usage=0)
+    path = tmp_path / "tables/demo/trials.parquet"
+    trials = pl.read_parquet(path)
+    fell = (pl.col("arm").str.contains("centred")) & (pl.col("seed") == 1)
+    trials.with_columns(
+        collapse=pl.when(fell).then(1.0).otherwise(pl.col("collapse")),
+        bits_lost=pl.when(fell).then(0.9).otherwise(pl.col("bits_lost")),
+    ).write_parquet(path)
+    data = json.loads(analyse("demo", tmp_path).read_text())
+    split = [f for f in data["findings"] if f["family"] == "arms" and "centred" in f["arm"]]
+    assert split
+    assert all(
+        f["effect"] is None and f["verdict"] == "inconclusive" and "no average" in f["reasons"][0] for f in split
+    )
+    assert "no average" in data["effects"]["withheld"][0]["reason"]
+    build("demo", tmp_path)
+
+
+def test_comparison_of_two_studies(tmp_path: Path) -> None:
+    write_study(tmp_path, "first", usage=0)
+    write_study(tmp_path, "second", seed=8, usage=0)
+    folder = compare("first", "second", tmp_path)
+    data = json.loads((folder / "comparison.json").read_text())
+    assert {r["label"] for r in data["arms"]} >= {"mirror 0, unit, sign", "dense, equal total units"}
+    assert any(q["outcome"] == "the same" for q in data["questions"])
+    assert "| choice |" in (folder / "report.md").read_text(encoding="utf-8")
+    write_study(tmp_path, "third", factors={"tree.depth": [4, 5]}, controls=False, usage=0)
+    with pytest.raises(ConfigError, match="nothing to compare"):
+        compare("first", "third", tmp_path)
