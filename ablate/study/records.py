@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import polars as pl
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from ablate.balance import metrics, usage
 from ablate.config import ConfigError, Scalar, digest
@@ -19,6 +19,9 @@ from ablate.study.designs import Kind, Plan, PlannedTrial
 from ablate.training.result import Observer, TrialResult
 
 PARTIAL = ".partial"
+# Tables that a trial leaves in its folder.
+USAGE = "usage.parquet"
+TREES = "trees.parquet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,10 @@ class Layout:
         """The trial's leaf usage over training."""
         return self.results / f"{trial}.usage.parquet"
 
+    def trees(self, trial: str) -> Path:
+        """The trial's numbers a tree over training (flips, informativeness, ceiling)."""
+        return self.results / f"{trial}.trees.parquet"
+
     def folder(self, trial: str) -> Path:
         """Checkpoints of a trial that is not done."""
         return self.state / "trials" / trial
@@ -84,6 +91,8 @@ class Record(TrialResult):
     leaves: dict[str, float]
     """Births and deaths of leaves over the held-out evaluations: balance.metrics.Deaths.shares, mean over trees, and
     counts of dead leaves at the first and the last evaluation; empty without a tree."""
+    trees: dict[str, float] = Field(default_factory=dict)
+    """Last evaluation's columns of balance.usage.TREES_SCHEMA, mean over layers and trees; empty without a tree."""
 
 
 class TrialTracker(Observer, Protocol):
@@ -132,13 +141,14 @@ def write_atomically(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def save_record(layout: Layout, record: Record, usage_table: Path) -> None:
-    """Make a trial done: its usage first, then its record, each in one step."""
+def save_record(layout: Layout, record: Record, folder: Path) -> None:
+    """Make a trial done: the tables in its folder first, then its record, each in one step."""
     layout.results.mkdir(parents=True, exist_ok=True)
-    if usage_table.exists():
-        partial = layout.results / f".{record.trial}.usage.{os.getpid()}{PARTIAL}"
-        shutil.copyfile(usage_table, partial)
-        partial.replace(layout.usage(record.trial))
+    for made, kept in ((USAGE, layout.usage(record.trial)), (TREES, layout.trees(record.trial))):
+        if (folder / made).exists():
+            partial = kept.with_name(f".{kept.name}.{os.getpid()}{PARTIAL}")
+            shutil.copyfile(folder / made, partial)
+            partial.replace(kept)
     write_atomically(layout.record(record.trial), record.model_dump_json(indent=1) + "\n")
 
 
@@ -161,6 +171,16 @@ def leaf_deaths(table: Path) -> dict[str, float]:
     shares = {name: float(value.mean()) for name, value in deaths.shares().items()}
     ends = {"dead_start": ~deaths.alive_at_start, "dead_end": ~deaths.alive_at_end}
     return shares | {name: float(dead.sum()) for name, dead in ends.items()}
+
+
+def tree_means(table: Path) -> dict[str, float]:
+    """Last evaluation's means over layers and trees, for `Record.trees`; {} without a tree."""
+    frame = pl.read_parquet(table) if table.exists() else pl.DataFrame()
+    if frame.is_empty():
+        return {}
+    last = frame.filter(pl.col("step") == pl.col("step").max()).drop("step", "layer", "tree")
+    means = last.select(pl.all().fill_nan(None).mean()).row(0, named=True)
+    return {name: float(value) for name, value in means.items() if value is not None}
 
 
 def plan_document(plan: Plan, tuned: dict[str, Any] | None = None) -> dict[str, Any]:

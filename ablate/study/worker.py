@@ -18,7 +18,18 @@ from optuna.exceptions import StorageInternalError
 from ablate.config import ConfigError, Scalar, Trial
 from ablate.study.designs import Plan, PlannedTrial, factor_keys, factor_values, label_of, settings
 from ablate.study.queue import Claim, Queue, open_storage
-from ablate.study.records import Layout, Record, Tracker, TrialTracker, leaf_deaths, load_record, save_record
+from ablate.study.records import (
+    TREES,
+    USAGE,
+    Layout,
+    Record,
+    Tracker,
+    TrialTracker,
+    leaf_deaths,
+    load_record,
+    save_record,
+    tree_means,
+)
 from ablate.training.result import Evaluation, Observer, TrialResult
 
 REPORT_SECONDS = 0.5
@@ -188,7 +199,6 @@ class _Attempt:
         )
 
     def _finished(self, result: TrialResult, tracked: TrialTracker | None) -> None:
-        usage = self.folder / "usage.parquet"
         record = Record(
             **dict(result),
             study=self.job.plan.study.name,
@@ -199,12 +209,14 @@ class _Attempt:
             seed=self.planned.seed,
             factors=dict(self.planned.factors),
             run_id=tracked.run_id if tracked else None,
-            leaves=leaf_deaths(usage),
+            leaves=leaf_deaths(self.folder / USAGE),
+            trees=tree_means(self.folder / TREES),
         )
-        save_record(self.layout, record, usage)
+        save_record(self.layout, record, self.folder)
         self.queue.finish(self.claim, record)
         if tracked:
-            tracked.finish(record, self.layout.usage(self.hash) if usage.exists() else None)
+            table = self.layout.usage(self.hash)
+            tracked.finish(record, table if table.exists() else None)
         if not self.planned.trial.train.keep_checkpoint:
             shutil.rmtree(self.folder, ignore_errors=True)
         self._tell("finished", record=record)

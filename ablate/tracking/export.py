@@ -1,9 +1,9 @@
-"""`collect`: a study's results as three tables. It reads results/, never MLflow, so the tables need no server."""
+"""`collect`: a study's results as tables. It reads results/, never MLflow, so the tables need no server."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,18 @@ from ablate.tracking.schema import (
     COST,
     FACTOR,
     HISTORY_SCHEMA,
+    TREE_MEANS,
+    TREES_TABLE_SCHEMA,
     TRIALS_SCHEMA,
     USAGE_TABLE_SCHEMA,
 )
 
+REQUIRED = {name for name, field in Record.model_fields.items() if field.is_required()}
 ROW_GROUP = 1_000_000
 
 
 def collect(study: str, root: Path) -> Path:
-    """Write tables/<study>/{trials,history,usage}.parquet from results/<study>/; the same results give the same bytes.
+    """Write tables/<study>/{trials,history,usage,trees}.parquet from results/<study>/; same results, same bytes.
 
     Rows stand in the plan's order (a search's in the order of its trials' hashes). Results of an earlier plan that are
     no longer part of it are left out.
@@ -56,7 +59,8 @@ def collect(study: str, root: Path) -> Path:
     schema = TRIALS_SCHEMA | {FACTOR + key: _dtype(row[FACTOR + key] for row in trials) for key in keys}
     _write(_frame(trials, schema), layout.tables / "trials.parquet")
     _write(_frame(history, HISTORY_SCHEMA), layout.tables / "history.parquet")
-    _write_usage(layout, order, layout.tables / "usage.parquet")
+    _stream(layout, order, layout.usage, USAGE_TABLE_SCHEMA, layout.tables / "usage.parquet")
+    _stream(layout, order, layout.trees, TREES_TABLE_SCHEMA, layout.tables / "trees.parquet")
     return layout.tables
 
 
@@ -66,7 +70,7 @@ def read(path: Path) -> dict[str, Any]:
         data = from_json(path.read_bytes())
     except ValueError:
         data = None
-    if not isinstance(data, dict) or not Record.model_fields.keys() <= data.keys():
+    if not isinstance(data, dict) or not data.keys() >= REQUIRED:
         raise ConfigError(f"result {str(path)!r} is damaged: delete it and run the study again")
     return data
 
@@ -103,6 +107,7 @@ def trial_row(record: dict[str, Any]) -> dict[str, Any]:
         "message": record["message"],
     }
     row |= {name: last["balance"].get(name) for name in BALANCE}
+    row |= {column: record.get("trees", {}).get(name) for name, column in TREE_MEANS.items()}
     row |= {name: cost[name] for name in COST}
     names = ("git_commit", "git_dirty", "data_hash", "tokenizer_hash", "machine", "threads", "device", "route_table")
     return row | {name: origin[name] for name in names}
@@ -162,17 +167,23 @@ def _write(frame: pl.DataFrame, path: Path) -> None:
     partial.replace(path)
 
 
-def _write_usage(layout: Layout, order: dict[str, dict[str, Any]], path: Path) -> None:
-    """Stream every trial's usage into one table; memory stays bounded however many trials there are."""
-    present = [name for name in order if layout.usage(name).exists()]
+def _stream(
+    layout: Layout,
+    order: dict[str, dict[str, Any]],
+    source: Callable[[str], Path],
+    schema: dict[str, pl.DataType],
+    path: Path,
+) -> None:
+    """Stream a table of every trial into one; memory stays bounded however many trials there are."""
+    present = [name for name in order if source(name).exists()]
     partial = path.with_name(f".{path.name}{PARTIAL}")
     if not present:
-        pl.DataFrame(schema=USAGE_TABLE_SCHEMA).write_parquet(partial, compression="zstd")
+        pl.DataFrame(schema=schema).write_parquet(partial, compression="zstd")
         partial.replace(path)
         return
     place = pl.LazyFrame(
         {
-            "file": [str(layout.usage(name)) for name in present],
+            "file": [str(source(name)) for name in present],
             "study": [layout.study] * len(present),
             "trial": present,
             "arm": [order[name]["arm"] for name in present],
@@ -180,7 +191,7 @@ def _write_usage(layout: Layout, order: dict[str, dict[str, Any]], path: Path) -
         },
         schema_overrides={"seed": pl.Int64()},
     )
-    usage = pl.scan_parquet([layout.usage(name) for name in present], include_file_paths="file")
-    joined = usage.join(place, on="file", how="left", maintain_order="left").select(list(USAGE_TABLE_SCHEMA))
+    rows = pl.scan_parquet([source(name) for name in present], include_file_paths="file")
+    joined = rows.join(place, on="file", how="left", maintain_order="left").select(list(schema))
     joined.sink_parquet(partial, compression="zstd", maintain_order=True, row_group_size=ROW_GROUP)
     partial.replace(path)

@@ -35,6 +35,7 @@ from ablate.tracking.spool import Event, Spool, finite
 from ablate.training.result import Evaluation
 
 RETRY_SECONDS = 15
+ANSWER_SECONDS = 10
 PARAMS_A_BATCH = 100
 # MLflow's states for ours: a trial that diverged or was pruned ended as it should; its tag says how.
 RUN_STATES = {
@@ -164,7 +165,7 @@ class MlflowTracker:
             raise ConfigError(
                 f"tracking is {self.uri!r}: the study's run cannot be opened ({_first_line(error)})"
             ) from None
-        self._settle(layout, client)
+        self.settle(layout, client)
 
     def open_trial(self, planned: PlannedTrial, layout: Layout) -> MlflowTrial:
         """Follow a trial; its events go to the server from a thread of their own."""
@@ -176,7 +177,7 @@ class MlflowTracker:
     def end_study(self, plan: Plan, layout: Layout, status: str) -> None:
         """Send what is left and close the study's run; a server that is away gets it at the next run of the study."""
         client = MlflowClient(self.uri)
-        self._settle(layout, client)
+        self.settle(layout, client)
         try:
             assert self.parent is not None
             client.log_artifact(self.parent, str(layout.plan))
@@ -230,7 +231,15 @@ class MlflowTracker:
             "card": self.card,
         }
 
-    def _settle(self, layout: Layout, client: MlflowClient) -> None:
+    def whole(self, record: Record, layout: Layout, usage_table: Path | None) -> list[Event]:
+        """A finished trial's events, for one that was never tracked; `experiment` and `parent` are set."""
+        planned = PlannedTrial(
+            arm=record.arm, kind=record.kind, seed=record.seed, trial=record.config, factors=record.factors
+        )
+        opening = self._opening(planned, layout)
+        return [opening, *(_metrics(e) for e in record.history), _closing(record, usage_table)]
+
+    def settle(self, layout: Layout, client: MlflowClient) -> None:
         """Send the events that trials of dead processes, or of times without a server, left behind."""
         for path in sorted(spool_path(layout, "any").parent.glob("*.jsonl")):
             spool = Spool(path)
@@ -265,13 +274,15 @@ class MlflowTrial:
         # Not a daemon: the process waits for the last events of its last trial.
         self._thread = threading.Thread(target=self._send, name="mlflow")
         self._last = False
+        self._answered = threading.Event()
         if any(e["event"] == "run" for e in spool.events):
             spool.append({"event": "reopen"})
         self._thread.start()
 
     @property
     def run_id(self) -> str | None:
-        """Known once the server has answered."""
+        """Waits a moment for the server's first answer; None where there is none."""
+        self._answered.wait(timeout=ANSWER_SECONDS)
         return self.spool.run_id
 
     def evaluated(self, evaluation: Evaluation) -> bool:
@@ -322,6 +333,7 @@ class MlflowTrial:
                         _log.warning("MLflow is away, events are kept for later: %s", _first_line(error))
                         return
                     away_until = time.monotonic() + RETRY_SECONDS
+                self._answered.set()
             if last:
                 if _ends_with_result(self.spool):
                     self.spool.remove()
@@ -453,6 +465,7 @@ def _closing(record: Record, usage_table: Path | None) -> Event:
             schema.SECONDS: record.seconds,
             **{name: getattr(record.cost, name) for name in schema.COST},
             **{f"leaves/{name}": value for name, value in record.leaves.items()},
+            **{f"trees/{name}": value for name, value in record.trees.items()},
         }
     )
     return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import polars as pl
 
-from ablate.balance.usage import USAGE_SCHEMA
+from ablate.balance.usage import TREES_SCHEMA, USAGE_SCHEMA
 
 # Tags of MLflow runs. `mlflow.*` are MLflow's own.
 PARENT_RUN = "mlflow.parentRunId"
@@ -45,6 +45,17 @@ WITH_WORST = ("n_eff_frac", "dead_frac", "never_hit", "max_vio", "gini", "bits_l
 FLAGS = ("collapse", "n_eff_resolved", "dead_resolved")
 BALANCE = tuple(name + end for name in WITH_WORST for end in ("", "_worst")) + FLAGS
 
+# Columns of balance.usage.TREES_SCHEMA at the end of a trial, mean over layers and trees, with the tables' names.
+TREE_MEANS = {
+    "ceiling": "n_eff_ceiling",  # n_eff_frac that median thresholds would give on this data
+    "informativeness": "informativeness",
+    "informativeness_shuffled": "informativeness_shuffled",
+    "flip_rate": "flip_rate",  # share of tokens whose leaf changed since the evaluation before the last
+    "path_asymmetry": "path_asymmetry",
+    "grad_skew": "grad_skew",
+    "router_offset": "router_offset",
+}
+
 FACTOR = "factor."  # prefix of one column (or parameter) a factor
 
 _KEYS = {
@@ -77,6 +88,7 @@ TRIALS_SCHEMA: dict[str, pl.DataType] = {
     "never_alive_frac": pl.Float64(),  # dead at every evaluation
     "pruned_frac": pl.Float64(),  # alive at step 0, died and stayed dead
     "revived_frac": pl.Float64(),  # alive at step 0, died and alive again at the end: transient collapse
+    **{name: pl.Float64() for name in TREE_MEANS.values()},
     **{name: pl.Float64() if name == "active_frac" else pl.Int64() for name in COST},
     "tokens": pl.Int64(),  # training tokens seen
     "seconds": pl.Float64(),  # wall time of the trial's last attempt
@@ -106,11 +118,8 @@ HISTORY_SCHEMA: dict[str, pl.DataType] = {
 }
 """history.parquet, one row an evaluation."""
 
-USAGE_TABLE_SCHEMA: dict[str, pl.DataType] = {
-    "study": pl.String(),
-    "trial": pl.String(),
-    "arm": pl.String(),
-    "seed": pl.Int64(),
-    **USAGE_SCHEMA,
-}
+_PLACE = {"study": pl.String(), "trial": pl.String(), "arm": pl.String(), "seed": pl.Int64()}
+USAGE_TABLE_SCHEMA: dict[str, pl.DataType] = {**_PLACE, **USAGE_SCHEMA}
 """usage.parquet, one row a tree position, evaluation and trial."""
+TREES_TABLE_SCHEMA: dict[str, pl.DataType] = {**_PLACE, **TREES_SCHEMA}
+"""trees.parquet, one row a tree, evaluation and trial."""

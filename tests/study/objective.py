@@ -14,7 +14,8 @@ import numpy as np
 
 from ablate.balance import metrics, usage
 from ablate.config import Study, Trial, parse
-from ablate.training.result import Cost, Evaluation, Observer, Provenance, Status, TrialResult
+from ablate.model.counts import Cost
+from ablate.training.result import Evaluation, Observer, Provenance, Status, TrialResult
 
 STEP_SECONDS = 0.002
 COST = Cost(total_params=10, active_params=5, total_units=8, active_units=2, active_frac=0.25, flops_per_token=10)

@@ -73,7 +73,7 @@ def root(tmp_path: Path) -> Path:
     layout = Layout(tmp_path, "cheap")
     save_plan(layout, plan)
     for index in range(len(plan.trials)):
-        save_record(layout, record(plan, index, tmp_path / "u.parquet"), tmp_path / "u.parquet")
+        save_record(layout, record(plan, index, tmp_path / "usage.parquet"), tmp_path)
     return tmp_path
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -30,23 +28,6 @@ from ablate.training.result import Evaluation
 from tests.study import objective
 
 CARD: dict[str, Any] = {"source": {"source": "stdlib"}, "data_hash": "d" * 12, "splits": {"train": {"tokens": 1}}}
-
-
-@pytest.fixture(scope="session")
-def fresh_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An initialised database: MLflow takes seconds to make one."""
-    folder = tmp_path_factory.mktemp("store")
-    prepare_store(f"sqlite:///{folder / 'mlflow.db'}")
-    with sqlite3.connect(folder / "mlflow.db") as connection:
-        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    return folder / "mlflow.db"
-
-
-@pytest.fixture
-def root(tmp_path: Path, fresh_store: Path) -> Path:
-    (tmp_path / "state").mkdir()
-    shutil.copyfile(fresh_store, tmp_path / "state" / "mlflow.db")
-    return tmp_path
 
 
 def runs(uri: str) -> tuple[MlflowClient, list[Run]]:
@@ -160,6 +141,7 @@ def test_a_resumed_trial_goes_on_in_its_run_without_doubled_metrics(root: Path) 
     assert sorted(m.step for m in client.get_metric_history(child.info.run_id, "bpb")) == [0, 5, 10, 15]
     run = client.get_run(child.info.run_id)
     assert (run.info.status, run.data.tags[schema.STATUS]) == ("FINISHED", "diverged")
+    assert run.inputs is not None
     assert run.inputs.dataset_inputs[0].dataset.digest == CARD["data_hash"]
     assert not spool_path(layout, plan.trials[0].hash).exists()
 
@@ -172,7 +154,7 @@ def test_a_killed_process_leaves_nothing_unsent_that_the_next_run_does_not_send(
     spool.append(tracker._opening(plan.trials[0], layout))
     with spool.path.open("a") as file:
         file.write('{"event": "metrics", "ti')  # cut short
-    save_record(layout, ended(plan, [0, 5]), layout.usage("none"))
+    save_record(layout, ended(plan, [0, 5]), root / "nothing")
     tracker.end_study(plan, layout, "finished")
     client, found = runs(uri)
     child = next(r for r in found if r.data.tags[schema.ROLE] == "trial")

@@ -1,0 +1,109 @@
+"""`ablate reproduce RUN_ID`: run a tracked trial again from its logged configuration, and compare."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from ablate.config import ConfigError, Trial, parse
+from ablate.tracking import schema
+from ablate.tracking.mlflow import default_uri, prepare_store
+from ablate.training.result import TrialResult
+
+
+@dataclass(frozen=True, slots=True)
+class Reproduction:
+    """The same trial, twice."""
+
+    trial: str
+    """Hash of the configuration."""
+    before: dict[int, float]
+    """Step to bpb, as logged."""
+    after: dict[int, float]
+    """Step to bpb, now."""
+    changed: dict[str, tuple[str, str]]
+    """What bit equality depends on and is not as it was: tag to (then, now)."""
+
+    @property
+    def equal(self) -> bool:
+        """Whether every evaluation's bpb is the same bit for bit."""
+        return self.before == self.after
+
+    @property
+    def largest_difference(self) -> float:
+        """Largest absolute difference of bpb over the steps that both have; infinite where a step is missing."""
+        if self.before.keys() != self.after.keys():
+            return float("inf")
+        return max((abs(self.after[step] - bpb) for step, bpb in self.before.items()), default=0.0)
+
+
+def reproduce(run_id: str, root: Path, *, data_root: Path | None = None, tracking: str | None = None) -> Reproduction:
+    """Run the trial of an MLflow run again, with the threads it had; nothing is kept.
+
+    Raises:
+        ConfigError: there is no such run, it is not a trial's, or its settings are not valid any more.
+    """
+    from ablate.training.trial import run_trial
+
+    uri = tracking or default_uri(root.resolve())
+    client = prepare_store(uri)
+    trial, tags, before = _logged(client, run_id, uri)
+    threads = tags.get(schema.THREADS)
+    with tempfile.TemporaryDirectory(prefix="ablate-reproduce-") as folder:
+        result = run_trial(
+            trial,
+            data_root=data_root or root / "data",
+            folder=Path(folder),
+            threads=int(threads) if threads else None,
+            resume=False,
+        )
+    after = {e.step: e.bpb for e in result.history if e.bpb is not None}
+    return Reproduction(trial.hash(), before, after, _changed(tags, result))
+
+
+def _logged(client: MlflowClient, run_id: str, uri: str) -> tuple[Trial, dict[str, str], dict[int, float]]:
+    try:
+        run = client.get_run(run_id)
+    except MlflowException:
+        raise ConfigError(f"run {run_id!r} is unknown at {uri}: give the id of a trial's run") from None
+    tags = dict(run.data.tags)
+    if tags.get(schema.ROLE) != "trial":
+        raise ConfigError(f"run {run_id!r} is a {tags.get(schema.ROLE, 'foreign')} run: give the id of a trial's run")
+    trial = parse(Trial, _nested(run.data.params), where=f"run {run_id}")
+    history = client.get_metric_history(run_id, schema.BPB)
+    return trial, tags, {metric.step: metric.value for metric in history}
+
+
+def _nested(params: dict[str, str]) -> dict[str, Any]:
+    """Dotted parameters as nested settings; texts stand as they are, everything else as JSON."""
+    data: dict[str, Any] = {}
+    for key, text in params.items():
+        *sections, field = key.split(".")
+        place = data
+        for section in sections:
+            place = place.setdefault(section, {})
+        try:
+            place[field] = json.loads(text)
+        except json.JSONDecodeError:
+            place[field] = text
+    return data
+
+
+def _changed(tags: dict[str, str], result: TrialResult) -> dict[str, tuple[str, str]]:
+    origin = result.provenance
+    now = {
+        schema.GIT_COMMIT: origin.git_commit,
+        schema.GIT_DIRTY: str(origin.git_dirty).lower(),
+        schema.DATA_HASH: origin.data_hash,
+        schema.TOKENIZER_HASH: origin.tokenizer_hash,
+        schema.MACHINE: origin.machine,
+        schema.DEVICE: origin.device,
+        schema.THREADS: str(origin.threads),
+    }
+    return {key: (tags.get(key, ""), value) for key, value in now.items() if tags.get(key, "") != value}
