@@ -1,0 +1,171 @@
+"""The operator as the rest of PyTorch sees it: opcheck, fake tensors, autocast, torch.compile, checkpoints, errors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ablate.kernels import op
+from ablate.kernels.op import choose_backend, tree_feedforward
+from tests.kernels.contract import CASES, Case, Layer, assert_close, tree
+
+CASE = CASES[0]
+
+
+def forward_arguments(case: Case, dtype: torch.dtype) -> tuple[Any, ...]:
+    layer = Layer.of(case, dtype, "cpu")
+    b = None if layer.b is None else layer.b.requires_grad_()
+    tensors = (layer.x.requires_grad_(), layer.w_in.requires_grad_(), b, layer.w_out.requires_grad_())
+    return (*tensors, layer.thresholds, None, "cpu", *(getattr(case.spec, f) for f in op._SPEC_FIELDS))
+
+
+OPCHECKED = [
+    CASE,
+    replace(CASE, why="no bias, thresholds", bias=False, thresholds=True),
+    replace(CASE, why="no tokens", tokens=0),
+    replace(CASE, why="not contiguous, node output off", strided=True, spec=tree(node_output=False)),
+    replace(CASE, why="placement tree", spec=tree(placement="tree")),
+]
+
+
+@pytest.mark.parametrize("case", OPCHECKED, ids=str)
+def test_forward_operator_keeps_torchs_rules(case: Case) -> None:
+    torch.library.opcheck(op._forward_op, forward_arguments(case, torch.float32))
+
+
+def test_forward_operator_keeps_torchs_rules_with_given_leaves() -> None:
+    arguments = list(forward_arguments(CASE, torch.float64))
+    arguments[5] = torch.zeros(CASE.tokens, CASE.spec.trees, dtype=torch.int32)
+    torch.library.opcheck(op._forward_op, tuple(arguments))
+
+
+@pytest.mark.parametrize("needs", [[True] * 4, [False, True, True, True], [True, False, False, False]])
+def test_backward_operator_keeps_torchs_rules(needs: list[bool]) -> None:
+    layer = Layer.of(CASE, torch.float32, "cpu")
+    out, _ = layer.call("cpu")
+    fields = (getattr(CASE.spec, f) for f in op._SPEC_FIELDS)
+    arguments = (layer.gy, layer.x, layer.w_in, layer.b, layer.w_out, out.leaves, out.responses, needs, "cpu", *fields)
+    torch.library.opcheck(op._backward_op, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_fake_tensors_have_the_shapes_and_dtypes_of_real_ones(dtype: torch.dtype) -> None:
+    layer = Layer.of(CASE, dtype, "cpu")
+    real, _ = layer.call("cpu")
+    with FakeTensorMode() as mode:
+        tensors = [mode.from_tensor(t) for t in (layer.x, layer.w_in, layer.b, layer.w_out) if t is not None]
+        fake = tree_feedforward(tensors[0], tensors[1], tensors[2], tensors[3], CASE.spec, backend="cpu")
+    for got, want in zip(fake, real, strict=True):
+        assert (got.shape, got.dtype, got.stride()) == (want.shape, want.dtype, want.stride())
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_autocast_computes_in_bfloat16_and_gives_float32_gradients(backend: op.Backend) -> None:
+    layer = Layer.of(CASE, torch.float32, "cpu")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, grads = layer.call(backend)
+    assert out.y.dtype == torch.bfloat16
+    rounded = {n: getattr(layer, n).bfloat16() for n in ("x", "w_in", "b", "w_out")}
+    low = replace(layer, **rounded)
+    want, want_grads = low.exact().call("reference", out.leaves)
+    assert_close("y", out.y, want.y, 2e-2)
+    for name, grad in grads.items():
+        assert grad.dtype == torch.float32
+        assert_close(name, grad, want_grads[name], 2e-2)
+
+
+class Block(nn.Module):
+    """A layer between two others, so that a compiled graph has neighbours to fuse and a view to make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = Layer.of(CASE, torch.float32, "cpu")
+        assert layer.b is not None
+        self.norm = nn.LayerNorm(CASE.d)
+        self.w_in, self.b, self.w_out = (nn.Parameter(t) for t in (layer.w_in, layer.b, layer.w_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + tree_feedforward(self.norm(x), self.w_in, self.b, self.w_out, CASE.spec).y.tanh()
+
+
+def test_compiles_without_a_graph_break() -> None:
+    eager = Block()
+    compiled = torch.compile(eager, backend="aot_eager", fullgraph=True, dynamic=True)
+    for batch in (2, 3):
+        x = torch.randn(batch, 5, CASE.d, generator=torch.Generator().manual_seed(batch))
+        results = []
+        for module in (eager, compiled):
+            eager.zero_grad()
+            module(x).square().sum().backward()
+            results.append([p.grad.clone() for p in eager.parameters() if p.grad is not None])
+        for got, want in zip(results[1], results[0], strict=True):
+            torch.testing.assert_close(got, want)
+
+
+def test_activation_checkpointing_gives_the_same_gradients() -> None:
+    block = Block()
+    x = torch.randn(3, 5, CASE.d, generator=torch.Generator().manual_seed(0))
+    results = []
+    for checkpointed in (False, True):
+        block.zero_grad()
+        y = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False) if checkpointed else block(x)
+        y.square().sum().backward()
+        results.append([p.grad.clone() for p in block.parameters() if p.grad is not None])
+    for got, want in zip(results[1], results[0], strict=True):
+        assert torch.equal(got, want)
+
+
+def test_leading_dimensions_are_flattened_into_tokens() -> None:
+    layer = Layer.of(replace(CASE, tokens=24), torch.float32, "cpu")
+    flat, _ = layer.call("cpu")
+    deep = tree_feedforward(layer.x.view(2, 3, 4, -1), layer.w_in, layer.b, layer.w_out, CASE.spec)
+    assert torch.equal(deep.y, flat.y.view(2, 3, 4, -1))
+    assert deep.leaves.shape == (24, CASE.spec.trees)
+
+
+def test_leaves_and_responses_carry_no_gradient() -> None:
+    layer = Layer.of(CASE, torch.float32, "cpu")
+    out = tree_feedforward(layer.x, layer.w_in.requires_grad_(), layer.b, layer.w_out, CASE.spec)
+    assert out.y.requires_grad
+    assert not out.leaves.requires_grad
+    assert not out.responses.requires_grad
+
+
+def test_second_derivatives_are_refused_not_wrong() -> None:
+    layer = Layer.of(CASE, torch.float64, "cpu")
+    w = layer.w_in.requires_grad_()
+    y = tree_feedforward(layer.x, w, layer.b, layer.w_out, CASE.spec).y
+    (g,) = torch.autograd.grad(y.square().sum(), w, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(g.square().sum(), w)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("w_in", (2, 22, 24)), ("b", (2, 22)), ("w_out", (2, 23, 25)), ("thresholds", (2, 8)), ("leaves", (36, 2))],
+)
+def test_shapes_that_do_not_fit_are_named(name: str, shape: tuple[int, ...]) -> None:
+    layer = Layer.of(CASE, torch.float32, "cpu")
+    tensors: dict[str, Any] = {n: getattr(layer, n) for n in ("x", "w_in", "b", "w_out", "thresholds")}
+    tensors[name] = torch.zeros(shape)
+    with pytest.raises(ValueError, match=f"{name} has shape .*expected"):
+        tree_feedforward(spec=CASE.spec, **tensors)
+
+
+def test_node_backward_belongs_to_the_reference() -> None:
+    layer = Layer.of(CASE, torch.float32, "cpu")
+    with pytest.raises(ValueError, match="needs backend='reference'"):
+        tree_feedforward(layer.x, layer.w_in, layer.b, layer.w_out, CASE.spec, node_backward="flip")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "backend"),
+    [(torch.float32, "cpu"), (torch.float64, "cpu"), (torch.bfloat16, "cpu"), (torch.float16, "reference")],
+)
+def test_auto_means_the_kernels_of_the_device(dtype: torch.dtype, backend: str) -> None:
+    assert choose_backend(torch.zeros(1, dtype=dtype)) == backend
