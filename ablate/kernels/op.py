@@ -84,7 +84,10 @@ def route(
     """Leaves int32 [N, K] and node responses on the path [N, K, D] for x [..., d], without computing outputs."""
     flat = x.detach().reshape(-1, x.shape[-1])
     chosen = choose_backend(flat) if backend == "auto" else backend
-    return _module(chosen).route(flat, w_in.detach(), None if b is None else b.detach(), thresholds, spec)
+    routed: tuple[Tensor, Tensor] = _module(chosen).route(
+        flat, w_in.detach(), None if b is None else b.detach(), thresholds, spec
+    )
+    return routed
 
 
 def choose_backend(x: Tensor) -> Literal["reference", "cpu", "triton"]:
@@ -114,7 +117,9 @@ def _check(
     }
     for name, (tensor, shape) in wanted.items():
         if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape} for {spec} and x {tuple(x.shape)}")
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, expected {shape} for {spec} and x {tuple(x.shape)}"
+            )
 
 
 @torch.library.custom_op("ablate::tree_forward", mutates_args=())
@@ -141,14 +146,15 @@ def _forward_op(
         trees, depth, leaf_width, node_output, placement, activation, mirror, node_mirror, node_gain, leaf_gain
     )
     y, taken, responses = _module(backend).forward(x, w_in, b, w_out, thresholds, leaves, spec)
-    return y, taken.clone() if taken is leaves else taken, responses
+    # An operator may not return one of its arguments.
+    return y, leaves.clone() if leaves is not None and taken is leaves else taken, responses
 
 
 @_forward_op.register_fake
 def _(x, w_in, b, w_out, thresholds, leaves, backend, trees, depth, leaf_width, *rest):  # type: ignore[no-untyped-def]
     n = x.shape[0]
     return (
-        torch.empty_like(x),
+        x.new_empty(x.shape),  # contiguous, also where x is not
         x.new_empty((n, trees), dtype=torch.int32),
         x.new_empty((n, trees, depth + leaf_width), dtype=torch.promote_types(x.dtype, torch.float32)),
     )
@@ -186,7 +192,9 @@ def _backward_op(
 @_backward_op.register_fake
 def _(gy, x, w_in, b, w_out, leaves, responses, needs, *rest):  # type: ignore[no-untyped-def]
     likes = (x, w_in, b, w_out)
-    return tuple(torch.empty_like(t) if t is not None and n else x.new_empty(0) for t, n in zip(likes, needs, strict=True))
+    return tuple(
+        t.new_empty(t.shape) if t is not None and n else x.new_empty(0) for t, n in zip(likes, needs, strict=True)
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
