@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ablate.config import ConfigError
-from ablate.data.tokens import Prepared
+from ablate.data.codec import Codec
 from ablate.evaluation.likelihood import Logits, pad
 from ablate.model.decode import Cache
 from ablate.model.transformer import Transformer
@@ -123,7 +123,7 @@ def complete(
 
 def stream(
     model: Transformer,
-    prepared: Prepared,
+    codec: Codec,
     prompt: str,
     *,
     max_tokens: int = 200,
@@ -132,18 +132,19 @@ def stream(
 ) -> Iterator[str]:
     """Text that follows a prompt, piece by piece as it is written, until the end mark or `max_tokens`.
 
-    `prepared` is the corpus the model was trained on: its tokenizer is used. An empty prompt starts a new document.
-    Characters are given out whole. Raises ConfigError for a prompt that is not text.
+    `codec` is the tokenizer of the corpus the model was trained on. An empty prompt starts a new document. Characters
+    are given out whole. Raises ConfigError for a prompt that is not text.
     """
     try:
-        ids = prepared.encode(prompt)
+        prompt.encode()
     except UnicodeEncodeError:
         raise ConfigError(f"prompt is {prompt!r}: it is not text, a lone surrogate stands in it") from None
+    ids = codec.encode_batch([prompt])[0].tolist()
     choose = (sampling or Sampling()).sampler()
-    writer, text = Writer(model, [ids or [prepared.end_id]], model.context, cached=cached), _Text(prepared)
+    writer, text = Writer(model, [ids or [codec.end_id]], model.context, cached=cached), TextPieces(codec)
     for _ in range(max_tokens):
         chosen = choose(writer.logits())
-        if chosen[0] == prepared.end_id:
+        if chosen[0] == codec.end_id:
             break
         writer.append(chosen)
         if piece := text.push(chosen[0]):
@@ -152,17 +153,18 @@ def stream(
         yield piece
 
 
-class _Text:
+class TextPieces:
     """Ids to text as they come: what may be the start of a character is held back until it is one, or cannot be."""
 
-    def __init__(self, prepared: Prepared) -> None:
-        self._prepared = prepared
+    def __init__(self, codec: Codec) -> None:
+        self._codec = codec
         self._pending: list[int] = []
         self._shown = 0
 
     def push(self, i: int) -> str:
+        """The text that one more id makes certain."""
         self._pending.append(i)
-        text = self._prepared.decode(self._pending)
+        text = self._codec.decode(self._pending)
         whole = text.rstrip("\ufffd")
         piece = whole[self._shown :]
         self._shown = max(self._shown, len(whole))
@@ -171,4 +173,5 @@ class _Text:
         return piece
 
     def rest(self) -> str:
-        return self._prepared.decode(self._pending)[self._shown :]
+        """What is still held back, at the end."""
+        return self._codec.decode(self._pending)[self._shown :]

@@ -83,7 +83,9 @@ def _class() -> Any:
         ) -> None:
             super().__init__()
             self.scorer = scorer
-            self._encode, self._decode, self._end_id = encode, decode, end_id
+            # The choices of a question come one after the other, each with the same context.
+            self._encode = functools.lru_cache(maxsize=16)(lambda text: tuple(encode(text)))
+            self._decode, self._end_id = decode, end_id
 
         @property
         def eot_token_id(self) -> int:
@@ -101,11 +103,15 @@ def _class() -> Any:
         def device(self) -> torch.device:
             return self.scorer.device
 
-        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-            return self._encode(string)
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **unused: Any) -> list[int]:
+            return list(self._encode(string))
+
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+            answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+            return answers
 
         def _loglikelihood_tokens(
-            self, requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]], **_: Any
+            self, requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]], **unused: Any
         ) -> list[tuple[float, bool]]:
             scores = self.scorer.score([(context, continuation) for _, context, continuation in requests])
             answers = [(score.total, score.greedy) for score in scores]

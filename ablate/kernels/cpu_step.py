@@ -8,7 +8,6 @@ microseconds, less than waking a second thread costs.
 # mypy: disable-error-code="no-untyped-call, no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import numba as nb
@@ -16,48 +15,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ablate.kernels.activations import is_identity
+from ablate.kernels.cpu_pointwise import code, phi
 from ablate.kernels.cpu_vector import combine1, dots11
 from ablate.kernels.spec import TreeSpec
 
-_KINDS = {"identity": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4, "silu": 5, "tanh": 6}
 _PLACEMENTS = {"unit": 0, "tree": 1, "sum": 2}
 
 _jit = nb.njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
 
 
 @_jit
-def _base(z, kind):
-    if kind == 1:
-        return 0.5 * z * (1.0 + math.erf(z * math.sqrt(0.5)))
-    if kind == 2:
-        return 0.5 * z * (1.0 + math.tanh(math.sqrt(2.0 / math.pi) * (z + 0.044715 * z * z * z)))
-    if kind == 3:
-        return max(z, 0.0)
-    if kind == 4:
-        return max(z, 0.0) * max(z, 0.0)
-    if kind == 5:
-        return z / (1.0 + math.exp(-z))
-    return math.tanh(z)
-
-
-@_jit
-def _phi(z, kind, mirror, gain):
-    """gain · (f(z) + mirror·f(-z)); kind 0 is the identity, times the gain."""
-    if kind == 0:
-        return gain * z
-    value = _base(z, kind)
-    if mirror != 0.0:
-        value += mirror * _base(-z, kind)
-    return gain * value
-
-
-@_jit
 def step(
     x, w_in, b, has_bias, thresholds, has_thresholds, router_w, router_b, has_router, w_out, y, scratch, depth, width,
-    placement, node_kind, node_mirror, node_gain, leaf_kind, leaf_mirror, leaf_gain,
+    placement, acts,
 ):  # fmt: skip
-    """y [N, d] of x [N, d], token by token and tree by tree. `scratch` [d] is used by the placement `tree`."""
+    """y [N, d] of x [N, d], token by token and tree by tree; acts [2, 3] are the nodes' and the leaf units' phi.
+
+    `scratch` [d] is used by the placement `tree`.
+    """
     N, d = x.shape
     K = w_in.shape[0]
     M = (1 << depth) - 1
@@ -103,19 +78,17 @@ def step(
                 if has_bias:
                     z[depth + j] += b[k, u]
             if placement == 0:
-                for i in range(first, depth):
-                    z[i] = _phi(z[i], node_kind, node_mirror, node_gain)
-                for i in range(depth, P):
-                    z[i] = _phi(z[i], leaf_kind, leaf_mirror, leaf_gain)
+                if has_nodes:
+                    phi(z, depth, acts[0], z)
+                phi(z[depth:], width, acts[1], z[depth:])
             ys[0] = scratch.ctypes.data if placement == 1 else y.ctypes.data + t * row
             combine1(outs, first, P - first, z, first, 0, 1, ys, 0, d, placement != 1 and k > 0)
             if placement == 1:
+                phi(scratch, d, acts[1], scratch)
                 for i in range(d):
-                    value = _phi(scratch[i], leaf_kind, leaf_mirror, leaf_gain)
-                    y[t, i] = value if k == 0 else y[t, i] + value
+                    y[t, i] = scratch[i] if k == 0 else y[t, i] + scratch[i]
         if placement == 2:
-            for i in range(d):
-                y[t, i] = _phi(y[t, i], leaf_kind, leaf_mirror, leaf_gain)
+            phi(y[t], d, acts[1], y[t])
 
 
 def prepare(
@@ -146,21 +119,16 @@ def prepare(
         plain(w_in, 3), plain(b, 2), b is not None, plain(limits, 2), limits is not None,
         plain(router_w, 3), plain(router_b, 2), routed, plain(w_out, 3),
     )  # fmt: skip
-    number = weights[0].dtype.type
-    settings = (
-        _PLACEMENTS[spec.placement],
-        _KINDS["identity" if is_identity(spec.activation, spec.node_mirror) else spec.activation],
-        number(spec.node_mirror), number(spec.node_gain),
-        _KINDS["identity" if is_identity(spec.activation, spec.mirror) else spec.activation],
-        number(spec.mirror), number(spec.leaf_gain),
-    )  # fmt: skip
+    node = code(spec.activation, spec.node_mirror, spec.node_gain)
+    acts = np.array([node, code(spec.activation, spec.mirror, spec.leaf_gain)])
+    placement = _PLACEMENTS[spec.placement]
     scratch = np.empty(weights[0].shape[2], weights[0].dtype)
     depth, width = spec.depth, spec.leaf_width
 
     def run(x: Tensor) -> Tensor:
         x = x.detach().to(dtype).contiguous()
         y = torch.empty_like(x)
-        step(x.numpy(), *weights, y.numpy(), scratch, depth, width, *settings)
+        step(x.numpy(), *weights, y.numpy(), scratch, depth, width, placement, acts)
         return y
 
     return run
