@@ -132,8 +132,7 @@ def usage_map(c: Context) -> View:
         load = log_load(u.leaves[-1])
         layers, trees, leaves = load.shape
         flat = load.reshape(layers * trees, leaves)
-        colours = LOAD.copy()
-        colours.set_bad(DEAD)
+        colours = LOAD.with_extremes(bad=DEAD)
         masked = np.ma.masked_where(flat <= np.log2(0.01), flat)
         image = ax.imshow(masked, aspect="auto", cmap=colours, vmin=FLOOR, vmax=-FLOOR, interpolation="nearest")
         strip(ax)

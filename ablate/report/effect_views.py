@@ -386,7 +386,8 @@ def interactions(c: Context) -> View:
     _lines(c, view, pairs)
     standing = [t for t in pairs if t["p_adjusted"] < 0.05]
     view.reading = [
-        f"{' × '.join(_short(x) for x in t['term'])} interact on {ENDPOINT[t['endpoint']]} (partial ω² {t['omega2']:.2f}): neither is read alone."
+        f"{' × '.join(_short(x) for x in t['term'])} interact on {ENDPOINT[t['endpoint']]} (partial ω² {t['omega2']:.2f}): "
+        "neither is read alone."
         for t in standing
     ] or ["No interaction stands after adjustment; main effects can be read alone."]
     if effects["left_out"]:

@@ -136,7 +136,8 @@ def markdown_prose(text: str) -> str:
 
 def markdown(text: str) -> str:
     """Text with everything that Markdown or HTML would read as markup escaped."""
-    return re.sub(r"([\\`*_{}\[\]<>|#&~$])", r"\\\1", " ".join(text.split()))
+    plain = escape(" ".join(text.split()), quote=False)
+    return re.sub(r"([\\`*_{}\[\]|#~$])", r"\\\1", plain)
 
 
 def markdown_table(table: Table) -> str:

@@ -3,14 +3,14 @@
 import itertools
 
 import numpy as np
-import pandas as pd
+import pandas as pd  # type: ignore[import-untyped]
 import pytest
-import statsmodels.formula.api as smf
+import statsmodels.formula.api as smf  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from scipy import stats
-from statsmodels.stats.anova import anova_lm
-from statsmodels.stats.power import TTestIndPower, TTestPower
-from statsmodels.stats.proportion import proportion_confint
+from statsmodels.stats.anova import anova_lm  # type: ignore[import-untyped]
+from statsmodels.stats.power import TTestIndPower, TTestPower  # type: ignore[import-untyped]
+from statsmodels.stats.proportion import proportion_confint  # type: ignore[import-untyped]
 
 from ablate.analysis import effects, pareto, power, sections
 

@@ -25,7 +25,8 @@ EVIL = "<script>alert(1)</script> `x` $y$ | %{z} [l](u) &amp; \"q'"
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("report")
-    write_study(root, arms={EVIL: {"tree.router": "frozen"}}, title=EVIL, machine=EVIL)
+    factors: dict[str, list[Any]] = {"tree.mirror": [0.0, 1.0], "tree.routing": ["sign", "centred"]}
+    write_study(root, factors=factors, arms={EVIL: {"tree.router": "frozen"}}, title=EVIL, machine=EVIL)
     build("demo", root, "http://127.0.0.1:5000/")
     return root
 
@@ -87,8 +88,8 @@ def test_planted_truth_is_found_end_to_end(findings: dict[str, Any]) -> None:
     matches = [f for f in findings["findings"] if f["claim"] == "matches"]
     assert not any(f["verdict"] == "supported" for f in matches)
     story = {a["label"]: a["signs"] for a in findings["arms"]}
-    assert "ends_balanced" in story["mirror 0, unit, centred"]
-    assert "dips" in story["mirror 0, unit, sign"]
+    assert "ends_balanced" in story["mirror 0, centred"]
+    assert "dips" in story["mirror 0, sign"]
 
 
 def test_diverged_runs_stay_and_are_listed(findings: dict[str, Any]) -> None:
@@ -124,7 +125,7 @@ def test_hostile_names_stay_text(root: Path) -> None:
         assert "<script" not in svg.read_text(encoding="utf-8")
     text = (folder / "report.md").read_text(encoding="utf-8")
     assert "<script" not in text
-    assert r"\<script\>alert(1)\</script\>" in text
+    assert r"&lt;script&gt;alert(1)&lt;/script&gt; \`x\` \$y\$" in text
     latex = (folder / "tables/balance_story.tex").read_text(encoding="utf-8")
     assert r"\$y\$" in latex
     assert "| %{z}" not in latex
@@ -199,7 +200,6 @@ def test_two_modes_are_not_averaged(tmp_path: Path) -> None:
         f["effect"] is None and f["verdict"] == "inconclusive" and "no average" in f["reasons"][0] for f in split
     )
     assert "no average" in data["effects"]["withheld"][0]["reason"]
-    build("demo", tmp_path)
 
 
 def test_comparison_of_two_studies(tmp_path: Path) -> None:
