@@ -449,7 +449,7 @@ class Study(Section):
 def _field(key: str) -> tuple[str, str]:
     """Section and field of a dotted factor name; raises ConfigError with the names that exist."""
     section, _, field = key.partition(".")
-    sections = {"tree": Tree, "model": Model, "dense": Dense, "train": Train}
+    sections: dict[str, type[Section]] = {"tree": Tree, "model": Model, "dense": Dense, "train": Train}
     if section not in sections:
         raise ConfigError(f"factor {key!r} is unknown: it starts with one of {', '.join(s + '.' for s in sections)}")
     if field not in sections[section].model_fields:

@@ -26,7 +26,12 @@ def imported(tree: ast.AST) -> set[str]:
     modules = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module and n.level == 0}
     relative = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level]
     assert not relative, "imports are absolute, so that their direction can be read"
-    ours = {f"ablate.{a.name}" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module == "ablate" for a in n.names}
+    ours = {
+        f"ablate.{a.name}"
+        for n in ast.walk(tree)
+        if isinstance(n, ast.ImportFrom) and n.module == "ablate"
+        for a in n.names
+    }
     return names | modules | ours
 
 
@@ -60,6 +65,8 @@ def test_rooms_do_not_load(rooms: tuple[str, ...], forbidden: tuple[str, ...]) -
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("name", [m.name for m in pkgutil.walk_packages(ablate.__path__, "ablate.") if not m.name.endswith("__main__")])
+@pytest.mark.parametrize(
+    "name", [m.name for m in pkgutil.walk_packages(ablate.__path__, "ablate.") if not m.name.endswith("__main__")]
+)
 def test_every_module_imports(name: str) -> None:
     importlib.import_module(name)

@@ -1,0 +1,1 @@
+"""Side-by-side speed, as ratios within one run."""

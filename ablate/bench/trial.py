@@ -30,7 +30,9 @@ BATCH = {"nano": 8, "small": 4}
 VOCABULARY = 2048
 
 
-def run(presets: Sequence[str], *, threads: int | None = None, steps: int = 10, as_json: bool = False) -> list[dict[str, Any]]:
+def run(
+    presets: Sequence[str], *, threads: int | None = None, steps: int = 10, as_json: bool = False
+) -> list[dict[str, Any]]:
     """Median seconds and tokens/s of `steps` optimizer steps of each contender, taken in turn after two warm-up rounds.
 
     Rows: preset, contender, threads, tokens, seconds (median of a step), tokens_per_second, ratio (to `tree`, of speed), runs.
@@ -89,7 +91,8 @@ def _step(trial: Trial, batch: int, *, probed: bool) -> Callable[[], None]:
 
     def step() -> None:
         logits = model(ids[:, :-1])
-        F.cross_entropy(logits.reshape(-1, VOCABULARY), ids[:, 1:].reshape(-1)).backward()
+        loss = F.cross_entropy(logits.reshape(-1, VOCABULARY), ids[:, 1:].reshape(-1))
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), trial.train.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
@@ -105,6 +108,10 @@ def _print(rows: list[dict[str, Any]]) -> None:
         table.add_column(column, justify="left" if column in {"preset", "contender"} else "right")
     for r in rows:
         table.add_row(
-            r["preset"], r["contender"], f"{r['seconds'] * 1e3:.1f}", f"{r['tokens_per_second']:.0f}", f"{r['tree_speedup']:.2f}×"
+            r["preset"],
+            r["contender"],
+            f"{r['seconds'] * 1e3:.1f}",
+            f"{r['tokens_per_second']:.0f}",
+            f"{r['tree_speedup']:.2f}×",
         )
     Console(file=sys.stdout).print(table)

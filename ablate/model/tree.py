@@ -53,6 +53,8 @@ class TreeFeedForward(nn.Module):
     thresholds: Tensor
     deviation: Tensor
     input_mean: Tensor
+    _seen: Tensor
+    _inputs: Tensor
     router_w: Tensor | None
     router_b: Tensor | None
 

@@ -1,0 +1,1 @@
+"""One trial: settings in, result out. Knows nothing of tracking or studies."""

@@ -48,7 +48,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         raise ConfigError(f"checkpoint {str(path)!r} cannot be read: {str(error).splitlines()[0]}") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"checkpoint {str(path)!r} holds a {type(content).__name__}; a checkpoint of ablate is expected")
+        raise ConfigError(
+            f"checkpoint {str(path)!r} holds a {type(content).__name__}; a checkpoint of ablate is expected"
+        )
     return content
 
 

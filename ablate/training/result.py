@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal, Protocol
 
+from pydantic import Field
+
 from ablate.config import Section, Trial
 from ablate.model.counts import Cost
 
@@ -24,7 +26,7 @@ class Evaluation(Section):
     lr: float
     seconds: float
     """Training seconds so far, evaluations excluded."""
-    balance: dict[str, float] = {}
+    balance: dict[str, float] = Field(default_factory=dict)
     """Balance metrics (balance.metrics.summary): `name` mean over trees and layers, `name_worst`, `layer<i>/name`."""
 
 

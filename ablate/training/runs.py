@@ -26,15 +26,7 @@ def find_checkpoint(run: str, root: Path) -> Path:
         return path / MODEL
     if path.is_file():
         return path
-    if _HASH.fullmatch(run):
-        records = sorted((root / "results").glob(f"*/{run}.json"))
-    elif _RUN_ID.fullmatch(run):
-        records = [p for p in sorted((root / "results").glob("*/*.json")) if _run_id(p) == run]
-    else:
-        raise ConfigError(
-            f"run {run!r} is not known: a weights file that exists, a trial's hash (12 hex digits) or an MLflow run's "
-            "id (32) is expected"
-        )
+    records = _records(run, root)
     weights = root / "state" / "trials" / (records[0].stem if records else run) / MODEL
     if weights.is_file():
         return weights
@@ -45,6 +37,29 @@ def find_checkpoint(run: str, root: Path) -> Path:
         raise ConfigError(f"run {run!r} of study {study!r} ended {record['status']}: only finished ones keep weights")
     raise ConfigError(
         f"run {run!r} of study {study!r} kept no weights: set train.keep_checkpoint to true under base and run it again"
+    )
+
+
+def find_usage(run: str, root: Path) -> Path:
+    """The usage table of a trial by its hash or its MLflow run's id, or a .parquet file itself; else ConfigError."""
+    path = Path(run).expanduser()
+    if path.is_file():
+        if path.suffix != ".parquet":
+            raise ConfigError(f"run {run!r} is no usage table: a .parquet file is expected")
+        return path
+    for record in _records(run, root):
+        return record.with_name(f"{record.stem}.usage.parquet")
+    raise ConfigError(f"run {run!r} is not known: no result in {str(root / 'results')!r} has it")
+
+
+def _records(run: str, root: Path) -> list[Path]:
+    """The result files that a trial's hash or a run's id names."""
+    if _HASH.fullmatch(run):
+        return sorted((root / "results").glob(f"*/{run}.json"))
+    if _RUN_ID.fullmatch(run):
+        return [p for p in sorted((root / "results").glob("*/*.json")) if _run_id(p) == run]
+    raise ConfigError(
+        f"run {run!r} is not known: a file that exists, a trial's hash (12 hex digits) or an MLflow run's id (32) is expected"
     )
 
 

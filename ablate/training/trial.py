@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import logging
 import platform
 import shutil
 import subprocess
 import time
 import warnings
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
-from ablate.config import Trial
+from ablate.config import Trial, digest
 from ablate.data.module import TokenData
 from ablate.data.stream import StreamData
 from ablate.data.tokens import Prepared, prepare
@@ -85,7 +87,7 @@ def run_trial(
         status=evaluator.status,
         history=evaluator.history,
         cost=count(trial, prepared.vocab_size),
-        provenance=_provenance(prepared, module.device),
+        provenance=_provenance(trial, prepared, module.device),
         tokens_per_second=evaluator.history[-1].tokens / max(evaluator.history[-1].seconds, 1e-9),
         seconds=time.perf_counter() - started,
         message=evaluator.message,
@@ -131,7 +133,7 @@ def _write_usage(evaluator: Evaluator, folder: Path) -> None:
     shutil.rmtree(folder / USAGE_PARTS, ignore_errors=True)
 
 
-def _provenance(prepared: Prepared, device: torch.device) -> Provenance:
+def _provenance(trial: Trial, prepared: Prepared, device: torch.device) -> Provenance:
     commit, dirty = _git()
     names = ("ablate", "torch", "numba", "lightning", "numpy", "tokenizers", "triton")
     versions = {"python": platform.python_version()} | {n: v for n in names if (v := _version(n))}
@@ -144,7 +146,7 @@ def _provenance(prepared: Prepared, device: torch.device) -> Provenance:
         threads=torch.get_num_threads(),
         device=device.type,
         versions=versions,
-        route_table=_route_table(device),
+        route_table=_route_table(trial, device),
     )
 
 
@@ -169,7 +171,7 @@ def _git() -> tuple[str, bool]:
         return done.stdout.strip() if done.returncode == 0 else None
 
     commit = git("rev-parse", "HEAD")
-    return (commit, bool(git("status", "--porcelain", "--", here))) if commit else ("", False)
+    return (commit, bool(git("status", "--porcelain", "--", str(here)))) if commit else ("", False)
 
 
 def _cpu_model() -> str:
@@ -182,5 +184,10 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def _route_table(device: torch.device) -> str:
-    return "reference" if device.type != "cpu" else "0"
+def _route_table(trial: Trial, device: torch.device) -> str:
+    """Name and digest of the table that chose the kernels' routes."""
+    if trial.train.backend == "reference" or trial.model.feedforward != "tree":
+        return "reference"
+    name = "routes_cpu.json" if device.type == "cpu" else "configs.json"
+    table = json.loads(files("ablate.kernels").joinpath(name).read_text(encoding="utf-8"))
+    return f"{name} {digest(table)}"

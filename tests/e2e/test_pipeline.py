@@ -109,7 +109,11 @@ def test_editing_one_study_runs_that_study_only(project: Path) -> None:
 
 
 def test_killed_in_the_middle_and_repeated_gives_the_same_table(project: Path, tmp_path: Path) -> None:
-    longer = TINY.replace("steps: 8", "steps: 60").replace("seeds: [0]", "seeds: [0, 1]").replace("checkpoint_every: 2", "checkpoint_every: 10")
+    longer = (
+        TINY.replace("steps: 8", "steps: 60")
+        .replace("seeds: [0]", "seeds: [0, 1]")
+        .replace("checkpoint_every: 2", "checkpoint_every: 10")
+    )
     whole = make_project(tmp_path / "whole", {"tiny": longer}, git=False)
     killed = make_project(tmp_path / "killed", {"tiny": longer}, git=False)
     for folder in (whole, killed):
@@ -143,7 +147,9 @@ def test_mlflow_ui_shows_the_study_its_trials_and_their_metrics(project: Path, t
     try:
         assert server.stdout is not None
         assert server.stdout.readline().startswith(f"MLflow at http://127.0.0.1:{port} ")
-        address = next(line.split()[-1] for line in iter(server.stdout.readline, "") if line.strip().startswith("tiny:"))
+        address = next(
+            line.split()[-1] for line in iter(server.stdout.readline, "") if line.strip().startswith("tiny:")
+        )
         deadline = time.monotonic() + 90
         while time.monotonic() < deadline:
             with socket.socket() as client:

@@ -45,7 +45,9 @@ def test_centred_routing_balances_without_touching_the_loss() -> None:
         counts = torch.bincount(layer.last_leaves[:, 0].long(), minlength=16).float()
         return float(counts.max() / counts.mean())
 
-    layer = TreeFeedForward(32, trees=1, depth=4, leaf_width=1, routing="centred", generator=torch.Generator().manual_seed(1))
+    layer = TreeFeedForward(
+        32, trees=1, depth=4, leaf_width=1, routing="centred", generator=torch.Generator().manual_seed(1)
+    )
     layer.eval()
     before, weights = imbalance(layer), layer.w_in.clone()
     layer.train()
@@ -194,15 +196,20 @@ def test_counts_equal_the_built_model(feedforward: str, node_output: bool, bias:
         touched = sum(int((p.grad != 0).any(-1).sum()) for p in (layer.w_in, layer.w_out) if p.grad is not None)
         read_only = 0 if node_output else 3 * 4  # node rows that route without contributing get no gradient
         bias_rows = (4 + 3) * 3 * bias
-        assert cost.active_params - count(Trial(model=trial.model.model_copy(update={"feedforward": "none"})), 300).total_params == 3 * (
-            (touched + read_only) * 32 + bias_rows + 32
-        )
+        assert cost.active_params - count(
+            Trial(model=trial.model.model_copy(update={"feedforward": "none"})), 300
+        ).total_params == 3 * ((touched + read_only) * 32 + bias_rows + 32)
 
 
 def test_presets_are_the_sizes_they_claim() -> None:
     from ablate.config import PRESETS
 
-    dense = Trial.model_validate({**{k: v for k, v in PRESETS["gpt2-small"].items()}, "model": {**PRESETS["gpt2-small"]["model"], "feedforward": "dense"}})
+    dense = Trial.model_validate(
+        {
+            **{k: v for k, v in PRESETS["gpt2-small"].items()},
+            "model": {**PRESETS["gpt2-small"]["model"], "feedforward": "dense"},
+        }
+    )
     tree = Trial.model_validate(PRESETS["gpt2-small"])
     assert 123e6 < count(dense, 50257).total_params < 125e6
     assert abs(count(tree, 50257).total_params / count(dense, 50257).total_params - 1) < 0.01

@@ -87,7 +87,9 @@ def test_schedules() -> None:
     assert max(cosine) == pytest.approx(1.0)
     assert cosine[55] == pytest.approx(0.1 + 0.9 * 0.5)
     assert cosine[100] == pytest.approx(0.1)
-    flat = [learning_rate(Train(steps=100, lr=1.0, warmup=0.1, final_lr=0.0, schedule="trapezoid"), s) for s in range(101)]
+    flat = [
+        learning_rate(Train(steps=100, lr=1.0, warmup=0.1, final_lr=0.0, schedule="trapezoid"), s) for s in range(101)
+    ]
     assert flat[10:80] == [1.0] * 70
     assert flat[90] == pytest.approx(0.5)
     assert flat[100] == 0.0

@@ -37,7 +37,9 @@ def run(data_root: Path, tmp_path: Path) -> Callable[..., TrialResult]:
     folders = iter(range(1000))
 
     def call(config: Trial, folder: Path | None = None, **keywords: object) -> TrialResult:
-        return run_trial(config, data_root=data_root, folder=folder or tmp_path / f"t{next(folders)}", threads=1, **keywords)  # type: ignore[arg-type]
+        return run_trial(
+            config, data_root=data_root, folder=folder or tmp_path / f"t{next(folders)}", threads=1, **keywords
+        )  # type: ignore[arg-type]
 
     return call
 
@@ -62,11 +64,16 @@ def comparable(result: TrialResult) -> list[dict[str, object]]:
     return [e.model_dump(exclude={"seconds"}) for e in result.history]
 
 
-RICH = {"tree": {"routing": "centred", "router_input": "centred"}, "train": {"decay_rows": "active", "region_leak": 0.05}}
+RICH = {
+    "tree": {"routing": "centred", "router_input": "centred"},
+    "train": {"decay_rows": "active", "region_leak": 0.05},
+}
 
 
 @pytest.mark.parametrize("changes", [{}, RICH], ids=["plain", "stateful-routing-and-random-leak"])
-def test_a_resumed_run_equals_one_never_stopped(changes: dict[str, dict[str, object]], run: Callable[..., TrialResult], tmp_path: Path) -> None:
+def test_a_resumed_run_equals_one_never_stopped(
+    changes: dict[str, dict[str, object]], run: Callable[..., TrialResult], tmp_path: Path
+) -> None:
     config = trial(**{**changes, "train": {**changes.get("train", {}), "keep_checkpoint": True}})
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     uninterrupted = run(config, whole)
@@ -84,7 +91,9 @@ def test_a_resumed_run_equals_one_never_stopped(changes: dict[str, dict[str, obj
     assert not (parts / "last.ckpt").exists()
 
 
-def test_a_hard_kill_costs_the_steps_since_the_last_checkpoint_only(run: Callable[..., TrialResult], tmp_path: Path) -> None:
+def test_a_hard_kill_costs_the_steps_since_the_last_checkpoint_only(
+    run: Callable[..., TrialResult], tmp_path: Path
+) -> None:
     class Dies(StopAt):
         def stepped(self, step: int, total: int) -> bool:
             if step == self.step:
@@ -122,7 +131,10 @@ def test_accumulation_gives_the_step_of_the_whole_batch(run: Callable[..., Trial
 
 
 def test_divergence_ends_cleanly_with_its_history(run: Callable[..., TrialResult], tmp_path: Path) -> None:
-    result = run(trial(train={"lr": 10.0, "grad_clip": 1e30, "warmup": 0.0, "weight_decay": 10.0}, tree={"activation": "relu2"}), tmp_path / "t")
+    result = run(
+        trial(train={"lr": 10.0, "grad_clip": 1e30, "warmup": 0.0, "weight_decay": 10.0}, tree={"activation": "relu2"}),
+        tmp_path / "t",
+    )
     assert result.status == "diverged"
     assert "not finite at step" in result.message
     assert result.history[0].bpb is not None

@@ -1,0 +1,131 @@
+"""What the commands share: the typer apps, argument types, and how tables, progress and errors look."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, TypeVar
+
+import typer
+
+from ablate.config import ConfigError, load_study
+
+app = typer.Typer(
+    name="ablate",
+    help="Which architectural choices keep tree feed-forward layers balanced, and what each costs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+study_app = typer.Typer(help="Plan, run and watch studies.", no_args_is_help=True)
+bench_app = typer.Typer(help="Side-by-side speed, as ratios within one run.", no_args_is_help=True)
+kernels_app = typer.Typer(help="The GPU kernels, without a GPU.", no_args_is_help=True)
+app.add_typer(study_app, name="study")
+app.add_typer(bench_app, name="bench")
+app.add_typer(kernels_app, name="kernels")
+
+StudyFile = Annotated[Path, typer.Argument(help="A study file, such as studies/laptop.yaml.", show_default=False)]
+Name = Annotated[str, typer.Argument(help="A study's name, such as laptop.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+Run = Annotated[str, typer.Argument(help="A trial's hash, an MLflow run's id, or a weights file.", show_default=False)]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads to compute with; all cores if not given.")]
+
+ROOT = Path()
+"""The project is the current folder: data/, results/, state/, tables/ and reports/ are made in it."""
+DATA = Path("data")
+
+C = TypeVar("C", bound=Callable[..., Any])
+R = TypeVar("R")
+
+
+def main() -> NoReturn:
+    """Entry point: a ConfigError is one line on stderr and exit code 2."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("DO_NOT_TRACK", "true")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's and Numba's pools take turns instead of spinning
+    try:
+        app()
+    except ConfigError as error:
+        print(f"ablate: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)
+
+
+def example(command: str) -> Callable[[C], C]:
+    """Add an example to a command's help."""
+
+    def add(function: C) -> C:
+        function.__doc__ = f"{function.__doc__}\n\nExample: [bold]ablate {command}[/bold]"
+        return function
+
+    return add
+
+
+def among(values: list[str], allowed: list[str], name: str) -> list[str]:
+    """The values, or a ConfigError for the first that is not allowed."""
+    for value in values:
+        if value not in allowed:
+            raise ConfigError(f"{name} is {value!r}: one of {', '.join(allowed)} is expected")
+    return values
+
+
+def with_progress(work: Callable[[Callable[[str, int, int | None], None]], R], *, quiet: bool) -> R:
+    """Run `work` with a callback (stage, bytes done, bytes in all) that draws a progress bar on stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as progress:
+        tasks: dict[str, Any] = {}
+
+        def report(stage: str, done: int, total: int | None) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=total)
+            progress.update(tasks[stage], completed=done, total=total)
+
+        return work(report)
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file in one step, its folder included."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def number(text: str) -> int:
+    """A number of shots as typed."""
+    if not text.isdecimal():
+        raise ConfigError(f"shots is {text!r}: a number from 0 up is expected")
+    return int(text)
+
+
+def corpus_in(file: Path) -> Any:
+    """The prepared corpus of a study file."""
+    from ablate.data import tokens
+
+    return tokens.prepare(load_study(file).trial({}).corpus, DATA)
+
+
+def show(drawing: Any) -> None:
+    """Print something rich can draw."""
+    from rich.console import Console
+
+    Console().print(drawing)
+
+
+def table_of(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """Print a table; without a header where all columns are nameless."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, show_header=any(columns))
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)

@@ -1,0 +1,242 @@
+"""Verbs of the pipeline: prepare, study, collect, analyse, report, and looking after runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ablate.cli.common import (
+    DATA,
+    ROOT,
+    Json,
+    Name,
+    StudyFile,
+    app,
+    example,
+    study_app,
+    table_of,
+    with_progress,
+    write,
+)
+from ablate.config import load_study
+
+
+@app.command()
+@example("prepare studies/laptop.yaml")
+def prepare(
+    file: StudyFile,
+    card: Annotated[Path | None, typer.Option(help="Also write the data card to this file.")] = None,
+    force: Annotated[bool, typer.Option(help="Prepare again even where the tokens are there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Turn a study's corpus into documents, a tokenizer and packed tokens under data/. Does nothing the second time."""
+    from ablate.data import tokens
+
+    trial = load_study(file).trial({})
+    prepared = with_progress(
+        lambda report: tokens.prepare(trial.corpus, DATA, force=force, progress=report), quiet=as_json
+    )
+    described = tokens.describe(prepared)
+    if card is not None:
+        write(card, json.dumps(described, indent=1, sort_keys=True) + "\n")
+    if as_json:
+        print(json.dumps(described))
+    else:
+        splits = [[name, *(f"{v:,}" for v in part.values())] for name, part in described["splits"].items()]
+        table_of("Corpus", ["split", *next(iter(described["splits"].values()))], splits)
+        print(f"{described['folder']}  data {described['data_hash']}  licence: {described['licence']}")
+
+
+@study_app.command("run")
+@example("study run studies/laptop.yaml --workers 2")
+def study_run(
+    file: StudyFile,
+    workers: Annotated[int, typer.Option(min=1, help="Local processes; threads are divided among them.")] = 2,
+    storage: Annotated[
+        str | None, typer.Option(envvar="OPTUNA_STORAGE", help="Optuna's database URL; SQLite in state/.")
+    ] = None,
+    tracking: Annotated[
+        str | None, typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflow's URI; SQLite in state/.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Run every trial of a study that has no result yet. Killed? Call it again: it goes on where it stopped."""
+    from ablate.study.runner import run_study
+    from ablate.tracking.mlflow import MlflowTracker, default_uri
+
+    study = load_study(file)
+    tracker = MlflowTracker(tracking or default_uri(ROOT.resolve()))
+    outcome = run_study(study, ROOT, workers=workers, storage=storage, tracker=tracker)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(outcome)))
+    else:
+        print(f"{outcome.done} of {outcome.total} trials done. {outcome.message}".rstrip())
+    for failure in outcome.failed:
+        print(f"ablate: failed: {failure}", file=sys.stderr)
+    raise typer.Exit(outcome.exit_code)
+
+
+@app.command()
+@example("collect laptop")
+def collect(name: Name) -> None:
+    """Export a study's results to tables/NAME/{trials,history,usage}.parquet."""
+    from ablate.tracking import export
+
+    print(export.collect(name, ROOT))
+
+
+@app.command()
+@example("analyse laptop")
+def analyse(name: Name) -> None:
+    """Turn a study's tables into findings: reports/NAME/findings.json."""
+    from ablate.analysis import findings
+
+    print(findings.analyse(name, ROOT))
+
+
+@app.command()
+@example("report laptop")
+def report(
+    name: Name,
+    address: Annotated[
+        str | None, typer.Option(envvar="ABLATE_MLFLOW_ADDRESS", help="MLflow's address, for links to runs.")
+    ] = None,
+) -> None:
+    """Write a study's report: reports/NAME/index.html, report.md, figures and tables."""
+    from ablate.report import build
+
+    print(build.build(name, ROOT, address))
+
+
+@app.command()
+@example("ui")
+def ui(
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 5000,
+) -> None:
+    """Open MLflow's UI on this project's runs, on 127.0.0.1 only (it has no authentication)."""
+    from ablate.tracking.mlflow import serve
+
+    raise typer.Exit(serve(ROOT.resolve(), port))
+
+
+@study_app.command("plan")
+@example("study plan studies/laptop.yaml --workers 2")
+def study_plan(
+    file: StudyFile,
+    workers: Annotated[int, typer.Option(min=1, help="Local processes that the prediction is for.")] = 2,
+    as_json: Json = False,
+) -> None:
+    """Show arms, trials, units, FLOPs and the predicted wall time (from a 20-step probe) of a study, and run nothing."""
+    from ablate.model.counts import count
+    from ablate.study.status import forecast
+
+    found = forecast(load_study(file), ROOT, workers=workers)
+    rows = []
+    for arm in found.plan.arms:
+        of_arm = [t for t in found.plan.trials if t.arm == arm.label]
+        cost = count(of_arm[0].trial, of_arm[0].trial.corpus.vocab_size) if of_arm else None
+        rows.append(
+            {
+                "arm": arm.label,
+                "trials": len(of_arm),
+                "total_units": cost.total_units if cost else None,
+                "active_units": cost.active_units if cost else None,
+                "flops_per_token": cost.flops_per_token if cost else None,
+                "seconds": found.seconds_by_arm.get(arm.label),
+            }
+        )
+    whole = {
+        "trials": found.trials,
+        "tokens": found.tokens,
+        "seconds": found.seconds,
+        "plan_hash": found.plan.hash,
+        "arms": rows,
+    }
+    if as_json:
+        print(json.dumps(whole))
+        return
+    cells = [
+        [str(r["arm"]), *(f"{v:,.0f}" if isinstance(v, int | float) else "-" for v in list(r.values())[1:])]
+        for r in rows
+    ]
+    table_of(f"Plan {found.plan.hash}", ["arm", "trials", "units", "active", "FLOPs a token", "seconds a trial"], cells)
+    print(f"{found.trials} trials to do, {found.tokens:,} training tokens, about {found.seconds / 60:.1f} minutes")
+
+
+@study_app.command("status")
+@example("study status laptop")
+def study_status(name: Name, as_json: Json = False) -> None:
+    """Show how far a study is: trials by state, the best, failures, and the time left while it runs."""
+    from ablate.study.status import status
+
+    now = status(name, ROOT)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(now)))
+        return
+    rows = [["done", f"{now.done} of {now.total or '?'}"], *([k, str(v)] for k, v in now.by_status.items())]
+    rows.append(["running", "yes" if now.running else "no"])
+    if now.seconds_left is not None:
+        rows.append(["time left", f"about {now.seconds_left / 60:.1f} minutes"])
+    if now.best is not None:
+        rows.append(["best", f"{now.best.bpb:.4f} bpb, {now.best.arm}, seed {now.best.seed} ({now.best.trial})"])
+    table_of(f"Study {now.study} ({now.design})", ["", ""], rows + [["failed", failure] for failure in now.failures])
+
+
+@app.command()
+@example("doctor --fix")
+def doctor(
+    fix: Annotated[bool, typer.Option("--fix", help="Repair what can be repaired.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare Optuna's trials, MLflow's runs, checkpoints and DVC's outputs; exit code 1 while something disagrees."""
+    from ablate.tracking.doctor import doctor as examine
+
+    found = examine(ROOT, fix, storage=os.environ.get("OPTUNA_STORAGE"), tracking=os.environ.get("MLFLOW_TRACKING_URI"))
+    if as_json:
+        print(json.dumps([dataclasses.asdict(f) for f in found]))
+    elif found:
+        rows = [[f.study, f.problem, f.remedy, "yes" if f.fixed else "no"] for f in found]
+        table_of("What does not agree", ["study", "problem", "remedy", "done"], rows)
+    else:
+        print("Everything agrees.")
+    raise typer.Exit(1 if any(not f.fixed for f in found) else 0)
+
+
+@app.command()
+@example("reproduce 3f2b0c9a5d7e4f1b8a6c2d9e0f1a2b3c")
+def reproduce(
+    run_id: Annotated[str, typer.Argument(help="An MLflow run's id.", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """Run a trial again from its logged settings and compare; exit code 1 where the two differ."""
+    from ablate.tracking.reproduce import reproduce as again
+
+    found = again(run_id, ROOT, tracking=os.environ.get("MLFLOW_TRACKING_URI"))
+    if as_json:
+        print(
+            json.dumps(
+                {**dataclasses.asdict(found), "equal": found.equal, "largest_difference": found.largest_difference}
+            )
+        )
+    else:
+        rows = [[str(step), f"{bpb!r}", f"{found.after.get(step)!r}"] for step, bpb in found.before.items()]
+        table_of(f"Trial {found.trial}", ["step", "bpb then", "bpb now"], rows)
+        for name, (then, now) in found.changed.items():
+            print(f"{name}: {then} then, {now} now")
+        print("Equal bit for bit." if found.equal else f"Not equal: bpb differs by up to {found.largest_difference:g}.")
+    raise typer.Exit(0 if found.equal else 1)
+
+
+@app.command()
+@example("compare laptop laptop-longer")
+def compare(study_a: Name, study_b: Name) -> None:
+    """Compare two studies' findings: reports/compare/A-B/."""
+    from ablate.report import compare as comparing
+
+    print(comparing.compare(study_a, study_b, ROOT))

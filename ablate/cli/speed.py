@@ -1,0 +1,91 @@
+"""Verbs that measure speed and compile kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ablate.cli.common import (
+    Json,
+    Threads,
+    among,
+    bench_app,
+    example,
+    kernels_app,
+)
+from ablate.config import ConfigError
+
+
+@bench_app.command("trial")
+@example("bench trial --preset nano --json")
+def bench_trial(
+    preset: Annotated[list[str] | None, typer.Option(help="nano or small; both if not given.")] = None,
+    threads: Threads = None,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps of each contender.")] = 10,
+    as_json: Json = False,
+) -> None:
+    """Tokens/s of whole training steps: tree, dense, masked tree, and the tree with its usage counted."""
+    from ablate.bench import trial
+
+    trial.run(
+        among(preset or list(trial.BATCH), list(trial.BATCH), "preset"), threads=threads, steps=steps, as_json=as_json
+    )
+
+
+@kernels_app.command("compile")
+@example("kernels compile --target sm_90 --json")
+def kernels_compile(
+    target: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90 or gfx942; all if not given.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compile every GPU kernel and configuration ahead of time, without a GPU or driver, and print what each needs."""
+    from ablate.kernels import compile as compiler
+
+    raise typer.Exit(compiler.run(among(target or list(compiler.TARGETS), list(compiler.TARGETS), "target"), as_json))
+
+
+@bench_app.command("layer")
+@example("bench layer --shapes A,C --threads 2 --json")
+def bench_layer(
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    shapes: Annotated[str, typer.Option(help="Comma-separated shapes: A, B, C.")] = "A,B,C",
+    threads: Threads = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the table to this file.")] = None,
+    passes: Annotated[str, typer.Option(help="forward, forward_backward, or both.")] = "forward,forward_backward",
+    routings: Annotated[str, typer.Option(help="iid, skewed, or both.")] = "iid,skewed",
+    as_json: Json = False,
+) -> None:
+    """One tree layer beside dense, masked, fastfeedforward and mixture-of-experts layers; correctness comes first."""
+    from ablate.bench import layer
+
+    among([device], ["cpu", "cuda"], "device")
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ConfigError("device is 'cuda': no CUDA or ROCm device is here; use cpu")
+    layer.run(
+        among(shapes.split(","), list(layer.SHAPES), "shapes"),
+        device,
+        threads=threads,
+        as_json=as_json,
+        passes=among(passes.split(","), list(layer.PASSES), "passes"),
+        routings=among(routings.split(","), list(layer.ROUTINGS), "routings"),
+        plot=plot,
+    )
+
+
+@bench_app.command("decode")
+@example("bench decode --preset nano")
+def bench_decode(
+    preset: Annotated[list[str] | None, typer.Option(help="nano or small; nano if not given.")] = None,
+    threads: Threads = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Timed tokens.")] = 64,
+    as_json: Json = False,
+) -> None:
+    """Tokens/s of generation, one token at a time: tree against dense of equal total units."""
+    from ablate.bench import decode
+
+    decode.run(among(preset or ["nano"], ["nano", "small"], "preset"), threads=threads, tokens=tokens, as_json=as_json)
