@@ -12,6 +12,7 @@ from statistics import median
 import sqlalchemy
 from filelock import FileLock, Timeout
 from optuna.trial import TrialState
+from pydantic_core import from_json
 from sqlalchemy.engine import make_url
 
 from ablate.config import ConfigError, Study, Trial
@@ -167,9 +168,14 @@ def _index(layout: Layout) -> list[Finished]:
     fresh = []
     for name in sorted(done - set(known)):
         path = layout.record(name)
-        record = load_record(path)
-        at = path.stat().st_mtime
-        fresh.append(Finished(name, record.arm, record.seed, record.status, record.final.bpb, record.seconds, at))
+        try:
+            record = from_json(path.read_bytes())
+            bpb = record["history"][-1]["bpb"]
+            shown = (record["arm"], record["seed"], record["status"], bpb, record["seconds"])
+        except (ValueError, KeyError, TypeError, IndexError):
+            load_record(path)  # Says what is wrong with it.
+            raise
+        fresh.append(Finished(name, *shown, path.stat().st_mtime))
     if fresh:
         cache.parent.mkdir(parents=True, exist_ok=True)
         with cache.open("a", encoding="utf-8") as file:
