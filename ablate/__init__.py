@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ablate.config import Tree as Tree
+    from ablate.model.convert import convert as convert
+    from ablate.model.convert import from_pretrained as from_pretrained
     from ablate.model.tree import TreeFeedForward as TreeFeedForward
 
-__all__ = ["TreeFeedForward"]
+__all__ = ["Tree", "TreeFeedForward", "convert", "from_pretrained"]
 __version__ = "0.1.0"
+
+_HOME = {
+    "Tree": "ablate.config",
+    "TreeFeedForward": "ablate.model.tree",
+    "convert": "ablate.model.convert",
+    "from_pretrained": "ablate.model.convert",
+}
 
 
 def __getattr__(name: str) -> Any:
     # Imported on first use: reports and `--help` need no torch.
-    if name == "TreeFeedForward":
-        from ablate.model.tree import TreeFeedForward
-
-        return TreeFeedForward
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module 'ablate' has no attribute {name!r}")

@@ -148,7 +148,7 @@ def _read(name: str, module: nn.Module) -> Found | str:
         return _own(name, module)
     if all(isinstance(getattr(module, part, None), nn.Module) for part in ("fc1", "fc2", "activation_fn")):
         own = {"fc1", "fc2", "activation_fn"}
-        if any(child not in own and any(m.parameters()) for child, m in module.named_children()):
+        if any(True for n, m in module.named_children() if n not in own for _ in m.parameters()):
             return _inline(name, module)
     return _block(name, module)
 

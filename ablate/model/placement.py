@@ -120,7 +120,12 @@ def place(mlp: DenseMlp, tree: Tree, x: Tensor, *, shuffled: bool = False, seed:
     w_out[:, first:] = mlp.w_out[rows]
     if mlp.gated:
         w_out[:, first:] *= _gate_scale(mlp, hidden, x)[rows][..., None]
-    w_out, bias = _fit_outputs(mlp, x, w_in, b, w_out, spec)
+    thresholds = None
+    if tree.router_input == "centred":
+        # Decisions will be moved by <w, mean>: moving the biases along keeps them where they were fitted.
+        thresholds = w_in[:, : spec.nodes] @ x.mean(0)
+        b[:, : spec.nodes] += thresholds
+    w_out, bias = _fit_outputs(mlp, x, w_in, b, w_out, thresholds, spec)
     return Placement(w_in, b, w_out, bias, neurons)
 
 
@@ -223,12 +228,12 @@ def _gate_scale(mlp: DenseMlp, hidden: Tensor, x: Tensor) -> Tensor:
     return (hidden * f).sum(0) / f.square().sum(0).clamp(min=1e-20)
 
 
-def _features(x: Tensor, w_in: Tensor, b: Tensor, spec: TreeSpec) -> Tensor:
+def _features(x: Tensor, w_in: Tensor, b: Tensor, thresholds: Tensor | None, spec: TreeSpec) -> Tensor:
     """Activations of all units that have an output row, 0 off the path: [N, K·R], as y = features @ w_out."""
     columns = []
     for k in range(spec.trees):
         z = x @ w_in[k].T + b[k]
-        leaves = reference.walk(z[:, None, : spec.nodes], None, spec.depth)
+        leaves = reference.walk(z[:, None, : spec.nodes], None if thresholds is None else thresholds[k], spec.depth)
         rows = reference.path_rows(leaves, spec)[:, 0]
         mask = torch.zeros(z.shape, dtype=torch.bool).scatter_(1, rows, True)
         h = base(z, spec.activation) * mask
@@ -237,10 +242,10 @@ def _features(x: Tensor, w_in: Tensor, b: Tensor, spec: TreeSpec) -> Tensor:
 
 
 def _fit_outputs(
-    mlp: DenseMlp, x: Tensor, w_in: Tensor, b: Tensor, w_out: Tensor, spec: TreeSpec
+    mlp: DenseMlp, x: Tensor, w_in: Tensor, b: Tensor, w_out: Tensor, thresholds: Tensor | None, spec: TreeSpec
 ) -> tuple[Tensor, Tensor]:
     """w_out [K, R, d] and bias [d] closest to the MLP's output on x [N, d], ridge towards the w_out given."""
-    features, target = _features(x, w_in, b, spec), mlp(x)
+    features, target = _features(x, w_in, b, thresholds, spec), mlp(x)
     start = w_out.flatten(0, 1)
     left = target - features @ start
     cut = x.shape[0] - x.shape[0] // 5
