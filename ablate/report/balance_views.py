@@ -54,10 +54,46 @@ def balance_story(c: Context) -> View:
     view.tables.append(
         Table("balance_story", "Balance at birth, at its worst and at the end (means over seeds)", columns, rows)
     )
+    view.tables.append(_restored(c))
     told = records if len(records) <= 20 else [a for a in records if a["arm"] in c.shown]
     view.details = ["Arm by arm, in words", *(f"{a['label']}: {a['reading']}" for a in told)]
     view.reading = [overall(records), *([c.choice] if c.choice else [])]
     return view
+
+
+def _restored(c: Context) -> Table:
+    """Whether balance is restored, criterion by criterion, and at other thresholds."""
+    word = {True: "yes", False: "no", None: "not known"}
+    rows = [
+        {
+            "arm": c.labels[r["arm"]],
+            "n_eff_frac": r["n_eff_frac"],
+            "worst": r["n_eff_frac_worst"],
+            "dead": word[r["dead_ok"]],
+            "bpb": word[r["bpb_ok"]],
+            "restored": word[r["restored"]],
+            "holds": ", ".join(t for t, v in r["at_threshold"].items() if v) or "none",
+            "n": r["n"],
+            "runs": r["run_ids"],
+        }
+        for r in c.findings["restored"]
+    ]
+    columns = [
+        Column("arm", "arm"),
+        Column("restored", "restored"),
+        Column("n_eff_frac", "n_eff_frac", ".3f"),
+        Column("worst", "worst tree", ".3f"),
+        Column("dead", "dead leaves at most 1%"),
+        Column(
+            "bpb",
+            "bpb non-inferior",
+            help="upper end of the one-sided 95% interval against the reference arm under the margin",
+        ),
+        Column("holds", "restored at thresholds"),
+        Column("n", "n", "d"),
+        Column("runs", "runs", "runs"),
+    ]
+    return Table("restored", "Is balance restored? (n_eff_frac at least 0.8, and both criteria)", columns, rows)
 
 
 def overall(records: list[dict[str, Any]]) -> str:
