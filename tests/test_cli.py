@@ -1,0 +1,79 @@
+"""The command as users meet it: every verb explains itself, and bad input is one line and exit code 2."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ablate.cli.common import app
+
+ABLATE = Path(sys.executable).parent / "ablate"
+COMMANDS = [[c.name or c.callback.__name__] for c in app.registered_commands if c.callback] + [
+    [group.name, command.name or command.callback.__name__]
+    for group in app.registered_groups
+    if group.typer_instance and group.name
+    for command in group.typer_instance.registered_commands
+    if command.callback
+]
+
+
+def ablate(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([ABLATE, *arguments], cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_every_command_has_help_with_an_example() -> None:
+    import click
+    import typer
+
+    root = typer.main.get_command(app)
+    for path in COMMANDS:
+        command: click.Command = root  # type: ignore[assignment]
+        for name in path:
+            command = command.commands[str(name)]  # type: ignore[attr-defined]
+        assert "Example: [bold]ablate " + " ".join(map(str, path)) in (command.help or ""), path
+
+
+@pytest.mark.parametrize(
+    ("study", "arguments", "message"),
+    [
+        (None, ("study", "run", "studies/x.yaml"), "study file 'studies/x.yaml' does not exist; studies beside it: none there"),
+        ("", ("study", "run", "studies/x.yaml"), "study file 'studies/x.yaml' is empty: a mapping with name, factors"),
+        ("factors: {tree.miror: [0, 1]}", ("prepare", "studies/x.yaml"), "factor 'tree.miror' is unknown: tree has trees, depth,"),
+        ("factors: {tree.depth: [3, 99]}", ("study", "run", "studies/x.yaml"), "depth is 99"),
+        (
+            "base: {corpus: {source: files, path: nowhere}}\nfactors: {tree.mirror: [0, 1]}",
+            ("study", "run", "studies/x.yaml"),
+            "nowhere",
+        ),
+        (None, ("collect", "laptop"), "study 'laptop' has no results: run `ablate study run studies/laptop.yaml` first"),
+        (None, ("report", "laptop"), "laptop"),
+        (None, ("prune", "no-such-run"), "run 'no-such-run' is not known"),
+        (None, ("prune", "0123456789ab"), "run '0123456789ab' is not known"),
+        (None, ("generate", "x.pt", "--top-k", "0"), "top_k is 0: at least 1 is expected"),
+        (None, ("bench", "trial", "--preset", "huge"), "preset is 'huge': one of nano, small is expected"),
+        (None, ("kernels", "compile", "--target", "sm_20"), "target is 'sm_20': one of"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, tuple) else "",
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    study: str | None, arguments: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "studies").mkdir()
+    if study is not None:
+        (tmp_path / "studies" / "x.yaml").write_text(study)
+    done = ablate(tmp_path, *arguments)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("ablate: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stderr + done.stdout
+    assert not (tmp_path / "results").exists()
+
+
+def test_binary_study_file(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_bytes(b"\x00\xff\x9c")
+    done = ablate(tmp_path, "study", "run", "x.yaml")
+    assert (done.returncode, done.stderr) == (2, "ablate: study file 'x.yaml' is not text: a YAML file is expected\n")
