@@ -40,7 +40,7 @@ class Control(Section):
 
 
 class PruneReport(Section):
-    """What pruning removed and what it cost; `before` is the complete model, on the same kernel route."""
+    """What pruning removed and what it cost; logits and bpb before and after are of one kernel route."""
 
     threshold: float
     """Share of a tree's tokens at or under which a subtree was removed."""
@@ -62,6 +62,7 @@ class PruneReport(Section):
     largest_change: float
     """Of a logit."""
     tokens_per_second_before: float
+    """Of the complete layers on their own, faster route."""
     tokens_per_second_after: float
     controls: dict[str, Control]
     """random, and smallest weight norm first."""
@@ -137,16 +138,18 @@ def control_leaves(order: NDArray[np.float64], wanted: NDArray[np.int64], spec: 
 
 @torch.no_grad()
 def leaf_usage(model: nn.Module, batches: Sequence[Tensor]) -> Counts:
-    """Leaf counts int64 [layers, K, L] of the complete tree layers over ids [B, T]."""
-    trees = _tree_layers(model)
-    spec = trees[0][1].spec
-    counter = UsageCounter(len(trees), spec.trees, spec.leaves, trees[0][1].w_in.device)
+    """Leaf counts int64 [layers, K, L] over ids [B, T], of complete or pruned tree layers in the complete ones' leaves."""
+    trees = [m for m in model.modules() if isinstance(m, TreeFeedForward | RaggedFeedForward)]
+    spec, device = trees[0].spec, trees[0].w_in.device
+    counter = UsageCounter(len(trees), spec.trees, spec.leaves, device)
+    first = torch.arange(spec.trees, device=device) * spec.leaves
     with evaluating(model):
         for ids in batches:
             model(ids)
-            for layer, (_, tree) in enumerate(trees):
-                assert tree.last_leaves is not None
-                counter.add(layer, tree.last_leaves)
+            for layer, tree in enumerate(trees):
+                leaves = tree.last_leaves
+                assert leaves is not None
+                counter.add(layer, leaves if isinstance(tree, TreeFeedForward) else tree.origin[leaves.long()] - first)
     return counter.take()
 
 
@@ -163,17 +166,19 @@ def prune_report(
 ) -> tuple[Transformer, PruneReport]:
     """A pruned copy, by usage on calibration ids [B, T], beside controls that remove as many units.
 
-    `score` gives bpb. Raises ConfigError for a model without complete tree layers. Layers that ran on the reference
-    backend run on the sparse one, before and after, so that only pruning differs.
+    `score` gives bpb. Raises ConfigError for a model without complete tree layers. Usage, logits and bpb are taken on
+    one kernel route, the ragged trees' with nothing removed and then with it removed, so that only pruning differs;
+    speed is compared with the complete layers' own route.
     """
     model = copy.deepcopy(model)
     trees = [tree for _, tree in _tree_layers(model)]
     for tree in trees:
         tree.backend = "auto"
     spec = trees[0].spec
-    living = living_leaves(leaf_usage(model, batches), share)
+    whole = prune(model, np.ones((len(trees), spec.trees, spec.leaves), dtype=bool))
+    living = living_leaves(leaf_usage(whole, batches), share)
     pruned = prune(model, living)
-    identical, change = _compare(model, pruned, batches)
+    identical, change = _compare(whole, pruned, batches)
     before, after = _tokens_per_second([model, pruned], batches[0])
     kept = [units_left(alive, spec) for alive in living]
     rng = np.random.default_rng(seed)
@@ -198,7 +203,7 @@ def prune_report(
         always_taken=sum(int((r.branches[:, 0] == r.branches[:, 1]).sum()) for r in ragged),
         bytes_before=_bytes(model),
         bytes_after=_bytes(pruned),
-        bpb_before=score(model),
+        bpb_before=score(whole),
         bpb_after=score(pruned),
         identical=identical,
         largest_change=change,

@@ -1,11 +1,13 @@
 """Passes over ragged (pruned) trees, compiled by Numba: the complete tree's, with tables instead of heap arithmetic.
 
-Same arithmetic in the same order as `cpu_kernels`: where pruning removed only what no token reached, outputs are equal
-bit for bit. A reference r is a node if r >= 0 and the leaf ~r otherwise; leaves are numbered left to right, tree after
-tree. `branches` [n, 2] holds a node's left and right reference (the same one twice: always taken, the node decides
-nothing), `split` [n] the first leaf of its right side, `spans` [n, 2] the leaves under it, `paths` [leaves, D] the
-nodes above a leaf from the root down, `lengths` [leaves] how many. A row of w_in is a node, or n + leaf·W + j;
-responses have D + W columns.
+A token's arithmetic depends on its path and on the tokens that share it, not on what else is in the trees: where pruning
+removed only what no token reached, outputs stay equal bit for bit (to `cpu_kernels` they are equal up to rounding).
+
+A reference r is a node if r >= 0 and the leaf ~r otherwise; leaves are numbered left to right, tree after tree.
+`branches` [n, 2] holds a node's left and right reference (the same one twice: always taken, the node decides nothing),
+`split` [n] the first leaf of its right side, `spans` [n, 2] the leaves under it, `paths` [leaves, D] the nodes above a
+leaf from the root down, `lengths` [leaves] how many. A row of w_in is a node, or n + leaf·W + j; responses have D + W
+columns.
 """
 
 # Numba compiles these functions; it does not read annotations, and mypy sees its decorators as untyped.
