@@ -51,7 +51,8 @@ def scalar_layer(layer: Layer) -> tuple[list[list[float]], list[list[int]], list
     M, W = 2**spec.depth - 1, spec.leaf_width
 
     def response(v: list[float], k: int, row: int) -> float:
-        return sum(p * q for p, q in zip(v, w_in[k][row], strict=True)) + (b[k][row] if b else 0.0)
+        z: float = sum(p * q for p, q in zip(v, w_in[k][row], strict=True)) + (b[k][row] if b else 0.0)
+        return z
 
     def act(z: float, mirror: float, gain: float) -> float:
         return gain * (scalar_base(z, spec.activation) + mirror * scalar_base(-z, spec.activation))
