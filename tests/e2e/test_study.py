@@ -57,7 +57,7 @@ def test_a_tracked_trial_is_reproduced_from_its_run_bit_for_bit(project: Path) -
     assert again.trial == record.trial
     assert sorted(again.before) == [0, 4, 8]
     assert again.equal, again
-    assert again.changed == {}
+    assert set(again.changed) <= {schema.GIT_COMMIT, schema.GIT_DIRTY}, "the same machine, data and threads"
 
 
 def test_real_runs_carry_data_code_and_balance(project: Path) -> None:

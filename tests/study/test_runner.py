@@ -95,7 +95,7 @@ def in_flight(root: Path) -> int:
     return sum(json.loads(p.read_text())["step"] <= 12 for p in (root / "state" / "trials").glob("*/last.json"))
 
 
-@pytest.mark.parametrize("whom", ["worker", "all", "polite"])
+@pytest.mark.parametrize("whom", [pytest.param("worker", marks=pytest.mark.soak), "all", "polite"])
 def test_killed_and_repeated_gives_the_same_table(undisturbed: Path, tmp_path: Path, whom: str) -> None:
     process = start(tmp_path)
     wait_for(lambda: len(Layout(tmp_path, "cheap").done()) >= 2 and in_flight(tmp_path) == 2)

@@ -73,6 +73,10 @@ def test_every_disagreement_is_found_and_nothing_is_touched(broken: Path) -> Non
 
 def test_after_fix_there_is_nothing_left_and_the_study_completes(broken: Path) -> None:
     assert all(f.fixed for f in doctor(broken, fix=True) if "dvc" not in f.remedy)
+    now = status("cheap", broken)
+    assert (now.total, now.done, now.running, now.by_status) == (4, 2, False, {"finished": 2})
+    assert now.best is not None
+    assert [f.rpartition(": ")[2] for f in now.failures] == ["freed by ablate doctor"]
     assert [f.problem for f in doctor(broken)] == ["tables/cheap, made by stage collect@cheap, is gone"]
     uri = default_uri(broken)
     client = MlflowClient(uri)
@@ -87,11 +91,3 @@ def test_after_fix_there_is_nothing_left_and_the_study_completes(broken: Path) -
     runs = client.search_runs([experiment.experiment_id], max_results=100)
     good = [r for r in runs if r.data.tags.get(schema.ROLE) == "trial" and r.data.tags[schema.STATUS] == "finished"]
     assert {r.data.tags[schema.TRIAL] for r in good} == layout.done()
-
-
-def test_status_of_a_finished_study(broken: Path) -> None:
-    doctor(broken, fix=True)
-    now = status("cheap", broken)
-    assert (now.total, now.done, now.running, now.by_status) == (4, 2, False, {"finished": 2})
-    assert now.best is not None
-    assert [f.rpartition(": ")[2] for f in now.failures] == ["freed by ablate doctor"]
