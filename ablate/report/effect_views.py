@@ -222,7 +222,9 @@ def _effect_reading(c: Context) -> list[str]:
         out.append(
             f"{diverged} diverged run(s) count with the untrained model's bpb, which widens every interval on bpb."
         )
-    out.append("Intervals of ω² resample seeds; with three seeds they cover well under 95%.")
+    out.append(
+        "Intervals of ω² resample seeds; in simulated studies they cover 78% at three seeds and 87% at eight, not 95%."
+    )
     return out
 
 
