@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -48,6 +49,7 @@ def prune(
 
     from ablate.balance.prune import prune_report, report_table, threshold_share
     from ablate.data.module import TokenData
+    from ablate.data.tokens import Prepared
     from ablate.evaluation.bits_per_byte import bits_per_byte
     from ablate.evaluation.evaluate import corpus_of
     from ablate.training.checkpoint import load_model, save_model
@@ -65,21 +67,21 @@ def prune(
             f"data is {str(data)!r}: its tokenizer {corpus.tokenizer_hash} is not the model's {own.tokenizer_hash}"
         )
     context = trial.model.context
-    module = TokenData(
-        corpus,
-        context=context,
-        batch_size=1,
-        data_seed=0,
-        steps=1,
-        eval_tokens=tokens,
-        eval_batch_size=max(1, 4096 // context),
-    )
-    batches = list(module.val_dataloader())
+
+    def held_out(split: Prepared) -> list[dict[str, torch.Tensor]]:
+        order = {"context": context, "batch_size": 1, "data_seed": 0, "steps": 1}
+        return list(
+            TokenData(split, **order, eval_tokens=tokens, eval_batch_size=max(1, 4096 // context)).val_dataloader()
+        )
+
+    batches = held_out(corpus)
+    # Paths are chosen on validation text and judged on test text, where there is enough of it.
+    judged = held_out(replace(corpus, validation=corpus.test)) if len(corpus.test) > context else batches
     lengths = torch.as_tensor(own.token_bytes)
     pruned, report = prune_report(
         model,
         [b["tokens"][:, :-1] for b in batches],
-        lambda candidate: bits_per_byte(candidate, batches, lengths),
+        lambda candidate: bits_per_byte(candidate, judged, lengths),
         share,
     )
     path = out or found.with_name("pruned.pt")
