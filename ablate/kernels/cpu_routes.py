@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import os
+from collections.abc import Iterator
 from importlib import resources
+from pathlib import Path
 from typing import NamedTuple
 
 from ablate.kernels.spec import TreeSpec
@@ -37,10 +41,30 @@ class Plan(NamedTuple):
     """Tasks of one tree for the weight gradients."""
 
 
+_pinned: Routes | None = None
+
+
 @functools.cache
+def _shipped() -> Routes:
+    """The table that the environment variable ABLATE_ROUTES names, or else the one shipped with this version."""
+    own = os.environ.get("ABLATE_ROUTES")
+    return read(Path(own).read_text() if own else (resources.files("ablate.kernels") / TABLE).read_text())
+
+
 def routes() -> Routes:
-    """The table shipped with this version."""
-    return read((resources.files("ablate.kernels") / TABLE).read_text())
+    """The table in force."""
+    return _shipped() if _pinned is None else _pinned
+
+
+@contextlib.contextmanager
+def using(table: Routes) -> Iterator[None]:
+    """Put a table in force until the block ends, in this process: for measuring one and for tests."""
+    global _pinned
+    before, _pinned = _pinned, table
+    try:
+        yield
+    finally:
+        _pinned = before
 
 
 def read(text: str) -> Routes:

@@ -98,12 +98,12 @@ DENSE = [c for c in CASES if c.spec.placement == "unit"]
 
 
 @pytest.mark.parametrize("case", DENSE, ids=str)
-def test_the_dense_route_agrees(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_dense_route_agrees(case: Case) -> None:
     """Every shape goes through dense products when the table says that they always pay."""
     always = cpu_routes.routes()._replace(dense_below=math.inf)
-    monkeypatch.setattr(cpu_routes, "routes", lambda: always)
-    assert cpu_routes.plan(case.tokens, case.d, case.spec, 1).dense
-    check(case, "cpu", torch.float64)
+    with cpu_routes.using(always):
+        assert cpu_routes.plan(case.tokens, case.d, case.spec, 1).dense
+        check(case, "cpu", torch.float64)
 
 
 def test_placements_behind_a_sum_never_go_dense() -> None:

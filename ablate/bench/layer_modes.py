@@ -1,0 +1,178 @@
+"""Further measurements of the CPU layer: growth with depth (time and memory), threads, and the table of routes."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from ablate.bench.contenders import Shape
+from ablate.bench.layer import SHAPES
+from ablate.kernels import cpu_routes
+from ablate.kernels.op import tree_feedforward
+
+RUNS = 15
+
+
+def growth(
+    depths: Sequence[int] = (6, 8, 10, 12), *, threads: int | None = None, as_json: bool = False
+) -> list[dict[str, Any]]:
+    """How forward and backward grow with depth at N 16384, d 256, one tree, W 1.
+
+    Rows: depth, units, threads, seconds (median), runs, peak_bytes (of one training step, beyond the parameters and one
+    set of gradients; None where /proc does not tell), seconds_ratio and peak_ratio (to the first depth).
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    shapes = [Shape(name=f"D {d}", tokens=16384, d=256, trees=1, depth=d, leaf_width=1) for d in depths]
+    times = _in_turn({s.depth: _step(s) for s in shapes})
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        peaks = [pool.apply(_peak_bytes, (s, torch.get_num_threads())) for s in shapes]
+    rows: list[dict[str, Any]] = [
+        {
+            "depth": s.depth,
+            "units": s.total_units,
+            "threads": torch.get_num_threads(),
+            "seconds": statistics.median(times[s.depth]),
+            "runs": len(times[s.depth]),
+            "peak_bytes": peak,
+        }
+        for s, peak in zip(shapes, peaks, strict=True)
+    ]
+    for row in rows:
+        row["seconds_ratio"] = row["seconds"] / rows[0]["seconds"]
+        row["peak_ratio"] = row["peak_bytes"] / rows[0]["peak_bytes"] if row["peak_bytes"] else None
+    return _show("Growth with depth: 16384 tokens, d 256, one tree, leaf width 1", rows, as_json)
+
+
+def scaling(shapes: Sequence[str] = ("A",), *, as_json: bool = False) -> list[dict[str, Any]]:
+    """Forward and backward with 1, 2, 4, ... threads up to the machine's, in turn.
+
+    Rows: shape, threads, seconds (median), runs, speedup (over one thread).
+    """
+    most = torch.get_num_threads()
+    counts = sorted({*(1 << i for i in range(most.bit_length())), most})
+    rows: list[dict[str, Any]] = []
+    for name in shapes:
+        step = _step(SHAPES[name])
+
+        def on(threads: int, step: Callable[[], object] = step) -> Callable[[], object]:
+            def call() -> object:
+                torch.set_num_threads(threads)
+                return step()
+
+            return call
+
+        times = _in_turn({n: on(n) for n in counts})
+        for n in counts:
+            seconds = statistics.median(times[n])
+            row = {"shape": name, "threads": n, "seconds": seconds, "runs": len(times[n])}
+            rows.append(row | {"speedup": statistics.median(times[1]) / seconds})
+    torch.set_num_threads(most)
+    return _show("Threads", rows, as_json)
+
+
+def tune(path: Path) -> cpu_routes.Routes:
+    """Measure this machine's table of routes and write it to `path`; `ABLATE_ROUTES` names a table to use instead.
+
+    `dense_below` is the largest ratio of all units to active units, among shallow trees, up to which dense products
+    were at least 5% faster in both passes together; `block` is the fastest on shape B.
+    """
+    table = cpu_routes.routes()
+    below = 1.0
+    for depth, width in ((0, 32), (1, 2), (1, 32), (2, 2), (2, 32), (3, 8)):
+        shape = Shape(name="", tokens=2048, d=256, trees=2, depth=depth, leaf_width=width)
+        times = _with_tables(shape, {n: table._replace(dense_below=n) for n in (0.0, float("inf"))})
+        if times[float("inf")] > 0.95 * times[0.0]:
+            break
+        below = shape.total_units / shape.active_units
+    blocks: dict[float, cpu_routes.Routes] = {n: table._replace(block=n) for n in (2048, 8192, 32768)}
+    by_block = _with_tables(SHAPES["B"], blocks)
+    measured = cpu_routes.Routes(
+        version=1,
+        machine=f"{platform.machine()}, {platform.processor() or 'unknown processor'}, {torch.get_num_threads()} threads",
+        block=int(min(by_block, key=by_block.__getitem__)),
+        dense_below=round(below + 0.01, 2),
+    )
+    path.write_text(json.dumps(measured._asdict(), indent=2) + "\n")
+    return measured
+
+
+def _with_tables(shape: Shape, tables: dict[float, cpu_routes.Routes]) -> dict[float, float]:
+    """Median seconds of a step under each table."""
+    step = _step(shape)
+
+    def under(table: cpu_routes.Routes) -> Callable[[], object]:
+        def call() -> object:
+            with cpu_routes.using(table):
+                return step()
+
+        return call
+
+    return {n: statistics.median(t) for n, t in _in_turn({n: under(t) for n, t in tables.items()}).items()}
+
+
+def _step(shape: Shape) -> Callable[[], tuple[Tensor, ...]]:
+    """One forward and backward; gradients are freed after each, so their memory is used again."""
+    g = torch.Generator().manual_seed(0)
+    spec, d = shape.spec, shape.d
+    x = torch.randn(shape.tokens, d, generator=g).requires_grad_()
+    w_in, w_out = ((torch.randn(spec.trees, spec.in_rows, d, generator=g) * d**-0.5).requires_grad_() for _ in range(2))
+    b = torch.zeros(spec.trees, spec.in_rows, requires_grad=True)
+    gy = torch.randn(shape.tokens, d, generator=g)
+    return lambda: torch.autograd.grad(tree_feedforward(x, w_in, b, w_out, spec).y, (x, w_in, b, w_out), gy)
+
+
+def _in_turn(calls: dict[Any, Callable[[], object]]) -> dict[Any, list[float]]:
+    times: dict[Any, list[float]] = {key: [] for key in calls}
+    for turn in range(RUNS + 2):
+        for key, call in calls.items():
+            started = time.perf_counter()
+            call()
+            if turn >= 2:
+                times[key].append(time.perf_counter() - started)
+    return times
+
+
+def _peak_bytes(shape: Shape, threads: int) -> int | None:
+    """Peak resident memory of one step in a process of its own, above inputs, parameters and one set of gradients."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    torch.set_num_threads(threads)
+    _step(Shape(name="", tokens=64, d=shape.d, trees=1, depth=2, leaf_width=1))()  # compiles, and loads what it needs
+    step = _step(shape)
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
+    before = _kilobytes(status, "VmRSS")
+    grads = step()
+    peak = _kilobytes(status, "VmHWM")
+    return (peak - before) * 1024 - sum(t.nbytes for t in grads[1:])
+
+
+def _kilobytes(status: Path, field: str) -> int:
+    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field))
+
+
+def _show(title: str, rows: list[dict[str, Any]], as_json: bool) -> list[dict[str, Any]]:
+    if as_json:
+        for row in rows:
+            print(json.dumps(row), flush=True)
+        return rows
+    table = Table(title=title)
+    for column in rows[0]:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
+    Console(file=sys.stdout, width=120).print(table)
+    return rows
