@@ -1,7 +1,7 @@
 """What a configuration needs, before anything is trained: parameters, arithmetic, memory per device, tokens a day.
 
 The model is built on the meta device, which holds shapes and no numbers, so that parameters are counted, not computed
-by formula. Memory is found by running two optimizer steps on fake tensors (shapes again, with the device's own choice
+by formula. Memory is found by running an optimizer step on fake tensors (shapes again, with the device's own choice
 of operators) and adding up the storages that are alive at the same time.
 
 Counted: parameters, gradients, Adam's two moments, everything kept for the backward pass, the logits and their
@@ -86,9 +86,10 @@ def size(
     """Everything of `Size` for a trial; the vocabulary is `corpus.vocab_size`, and precision bf16 unless it is set.
 
     The micro-batch is batch_size / (accumulate · devices) sequences, fewer where more GPUs share the batch. DDP holds
-    all states on each device and a copy of the gradients in its buckets. FSDP (by block, fully sharded) holds its share
-    of the states, two blocks' parameters (one in use, one on its way) and one block's gradients in full. A count of
-    GPUs above batch_size is left out. Raises ConfigError for a throughput or a count that is not above 0.
+    all states on each device and a copy of the gradients in its buckets. FSDP (fully sharded, a block or the embedding
+    at a time) holds its share of the states, and of the largest such unit two sets of parameters (one in use, one on
+    its way) and one of gradients. One GPU shares nothing. A count of GPUs above batch_size is left out. Raises
+    ConfigError for a throughput or a count that is not above 0.
     """
     if tokens_per_second is not None and tokens_per_second <= 0:
         raise ConfigError(f"tokens_per_second is {tokens_per_second}: it must be above 0")
@@ -121,10 +122,11 @@ def size(
         for checkpointing in (False, True):
             whole = step(sequences, checkpointing=checkpointing, sharded=False)
             part = step(sequences, checkpointing=checkpointing, sharded=True)
+            if n == 1:
+                peaks.append((whole.peak, whole.peak))
+                continue
             states = whole.parameters + whole.gradients + whole.optimizer
-            peaks.append(
-                (whole.peak + (whole.gradients if n > 1 else 0), states // n + 3 * unit * width + part.activations)
-            )
+            peaks.append((whole.peak + whole.gradients, states // n + 3 * unit * width + part.activations))
         devices.append(
             DeviceMemory(
                 gpus=n,
@@ -184,7 +186,7 @@ def on_meta(trial: Trial, vocab_size: int) -> Transformer:
 def step_memory(
     trial: Trial, vocab_size: int, *, sequences: int, checkpointing: bool, precision: Precision, cast: bool = True
 ) -> StepMemory:
-    """Memory of an optimizer step with AdamW on micro-batches of `sequences`, two of them where the trial accumulates.
+    """Memory of an optimizer step with AdamW, in the last of its micro-batches of `sequences`.
 
     bf16 is mixed precision (float32 weights, cast as needed) with `cast`, and else weights that are bf16 already, as
     under FSDP. Loss and clipping are those of training.
@@ -202,22 +204,26 @@ def step_memory(
             parameter.register_post_accumulate_grad_hook(lambda p: live.keep(p.grad))  # type: ignore[no-untyped-call]
         optimizer = torch.optim.AdamW(parameters, fused=True)
         tokens = torch.zeros(sequences, context + 1, dtype=torch.int64)
-        for _ in range(2):  # the first step makes the optimizer's state
-            live.restart()
-            for _ in range(min(trial.train.accumulate, 2)):
-                with torch.autocast("cpu", torch.bfloat16, enabled=bf16 and cast):
-                    logits = model(tokens[:, :-1])
-                loss = F.cross_entropy(logits.reshape(-1, vocab_size).float(), tokens[:, 1:].reshape(-1))
-                del logits
-                torch.autograd.backward(loss)
-                del loss
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            gradients = sum(_bytes(p.grad) for p in parameters)
-            for state in optimizer.state.values():
-                for value in state.values():
-                    live.keep(value)
+        # An earlier step has made the optimizer's state, an earlier micro-batch the gradients.
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+            live.keep(parameter.grad)
+        optimizer.step()
+        for state in optimizer.state.values():
+            for value in state.values():
+                live.keep(value)
+        gradients = sum(_bytes(p.grad) for p in parameters)
+        if trial.train.accumulate == 1:
             optimizer.zero_grad()
+        live.restart()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16 and cast):
+            logits = model(tokens[:, :-1])
+        loss = F.cross_entropy(logits.reshape(-1, vocab_size).float(), tokens[:, 1:].reshape(-1))
+        del logits
+        torch.autograd.backward(loss)
+        del loss
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
         return StepMemory(
             sequences=sequences,
             parameters=sum(_bytes(p) for p in parameters),
