@@ -32,7 +32,7 @@ def cluster() -> Iterator[object]:
         runtime_env={"env_vars": {"PYTHONPATH": repository}},
     )
     yield made
-    ray.shutdown()
+    ray.shutdown()  # type: ignore[no-untyped-call]
     made.shutdown()
 
 
