@@ -1,7 +1,7 @@
 """Ahead-of-time compilation of every shipped kernel configuration, without a GPU, a driver or torch.
 
-`python -m ablate.kernels.compile [--json] [--target sm_90 ...]` prints what each needs of the device. Kernels are compiled
-by processes of their own (the interpreter and the compiler cannot share one) into an empty cache.
+`python -m ablate.kernels.compile [--json] [--target sm_90 ...]` prints what each needs of the device. Kernels are
+compiled by processes of their own (the interpreter and the compiler cannot share one) into an empty cache.
 """
 
 from __future__ import annotations
@@ -80,17 +80,17 @@ class Result:
 
 
 def _variants(kernel: str, wide: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Settings of the compile-time switches: the most demanding ones, and with `wide` every tile width and odd d."""
-    odd = (True, False) if wide else (True,)
-    for even in odd:
-        mark = "" if even else " odd d"
+    """Settings of the compile-time switches: the most demanding, and with `wide` every tile width and a ragged d."""
+    either = (True, False) if wide else (True,)
+    for even in either:
+        mark = "" if even else " ragged"
         match kernel:
             case "tile_dots":
                 common = {"SORTED": True, "BIAS": True, "EVEN": even, "INTERPRETED": False}
                 for height in (6, 5, 4) if wide else (6,):
                     route = {"HEIGHT": height, "LANES": max(16, 1 << height), "ROUTE": True, "THRESHOLDS": True}
                     yield f"route {height} levels{mark}", common | route
-                for lanes in (64, 32, 16) if wide else ():
+                for lanes in (64, 32, 16) if wide else (64,):
                     yield (
                         f"leaves {lanes} wide{mark}",
                         common | {"HEIGHT": 0, "LANES": lanes, "ROUTE": False, "THRESHOLDS": False},
@@ -147,9 +147,9 @@ def build(case: Case) -> Result:
     """Compile one case and read its needs from the binary. Needs a process where TRITON_INTERPRET was never set."""
     import importlib
 
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    import triton  # type: ignore[import-untyped]
+    from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
+    from triton.compiler import ASTSource  # type: ignore[import-untyped]
 
     module = importlib.import_module(f"ablate.kernels.{_MODULES[case.kernel]}")
     function = getattr(module, "spread" if case.kernel == "spread_rows" else case.kernel)
@@ -157,8 +157,8 @@ def build(case: Case) -> Result:
     blocks = {"BT": case.config.bt, "BD": case.config.bd, "BLOCK": case.config.bt}
     constants = {n: switches.get(n, blocks.get(n)) for n in function.arg_names if n.isupper()}
     signature = {n: "constexpr" if n in constants else _type(n, case.dtype) for n in function.arg_names}
-    wide_loads = {n for n in function.arg_names if signature[n][0] == "*"} | ({"d"} if switches.get("EVEN") else set())
-    attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(function.arg_names) if n in wide_loads}
+    aligned = {n for n in function.arg_names if signature[n][0] == "*"} | {"d"}  # launch pads d to a multiple of 16
+    attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(function.arg_names) if n in aligned}
     compiled = triton.compile(
         ASTSource(function, signature, constants, attrs),
         target=GPUTarget(*TARGETS[case.target]),
@@ -228,13 +228,13 @@ def compile_all(targets: Sequence[str], *, wide: bool = False, processes: int = 
 def run(targets: Sequence[str] | None = None, as_json: bool = False) -> int:
     """Compile for the targets (all if None or empty) and print what each kernel needs, a line each.
 
-    Returns 0, or 1 if a configuration spills or exceeds the target's shared memory. Raises ValueError for an unknown target.
+    Returns 0, or 1 if a configuration spills or exceeds the target's shared memory. Raises ValueError for an unknown
+    target.
     """
     fits = True
     if not as_json:
-        print(
-            f"{'kernel':12}{'dtype':6}{'target':8}{'config':18}{'regs':>5}{'spills':>8}{'shared':>8}{'matrix':>8}  variant"
-        )
+        columns = f"{'regs':>5}{'spills':>8}{'shared':>8}{'matrix':>8}"
+        print(f"{'kernel':12}{'dtype':6}{'target':8}{'config':18}{columns}  variant", flush=True)
     for result in compile_all(targets or tuple(TARGETS)):
         fits &= result.fits
         if as_json:
@@ -242,7 +242,8 @@ def run(targets: Sequence[str] | None = None, as_json: bool = False) -> int:
         else:
             r, config = result, "x".join(str(v) for v in result.config)
             numbers = f"{r.registers:5}{r.spills:8}{r.shared_bytes:8}{r.matrix_instructions:8}"
-            line = f"{r.kernel:12}{r.dtype:6}{r.target:8}{config:18}{numbers}  {r.variant}{'' if r.fits else '  DOES NOT FIT'}"
+            verdict = "" if r.fits else "  DOES NOT FIT"
+            line = f"{r.kernel:12}{r.dtype:6}{r.target:8}{config:18}{numbers}  {r.variant}{verdict}"
         print(line, flush=True)
     return 0 if fits else 1
 

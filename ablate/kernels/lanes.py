@@ -22,7 +22,7 @@ def _heap_levels(LANES: tl.constexpr):
 def lanes(tile, first, level, width, group, row_base, HEIGHT: tl.constexpr, LANES: tl.constexpr):
     """What the lanes of a tile stand for: their rows of w_in or w_out within the tree, and which of them exist; [LANES].
 
-    `first` is the first unit of a leaf tile (0 but for leaves wider than a tile), `row_base` the row of the first leaf unit.
+    `first` is the first unit of a leaf tile (0 but for leaves wider than a tile), `row_base` the first leaf unit's row.
     """
     j = tl.arange(0, LANES)
     if HEIGHT > 0:
@@ -38,7 +38,7 @@ def lanes(tile, first, level, width, group, row_base, HEIGHT: tl.constexpr, LANE
 
 @triton.jit
 def place(leaf, tile, shift, group, HEIGHT: tl.constexpr):
-    """Where tokens leave a tile: child of the subtree, or leaf within the group. Outside [0, 2^bits) where they never enter.
+    """Where tokens leave a tile: child of the subtree, or leaf within the group; out of range if they never enter it.
 
     It depends on the tile, so that compilers cannot hoist the [BT, LANES] masks made of it out of loops over tiles.
     """

@@ -1,7 +1,6 @@
-"""Host side of the Triton backend: dispatch, orders of the tokens, and the launches of one forward or backward pass.
+"""The Triton backend: checks, choice of route and configurations, and the three functions that `op` calls.
 
-Nothing here reads device memory: grids depend on shapes alone, so a pass neither waits for the device nor breaks a CUDA
-graph. With TRITON_INTERPRET=1 in the environment before the first import, the same code takes CPU tensors.
+With TRITON_INTERPRET=1 in the environment before the first import, the same code takes CPU tensors.
 """
 
 from __future__ import annotations
@@ -9,23 +8,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import triton  # type: ignore[import-untyped]
 from torch import Tensor
 
-from ablate.kernels import gather, pointwise, predict, tiles, tuned, wgrad
-from ablate.kernels import spread as spread_kernels
-from ablate.kernels.activations import is_identity
-from ablate.kernels.orders import Order, segments, sort_tokens, splits
-from ablate.kernels.plan import Config, DType, Piece, Plan, Route, grad_pieces, make_plan
+from ablate.kernels import predict, tuned
+from ablate.kernels.passes import INTERPRETED, Pass
+from ablate.kernels.plan import KERNELS, TILE_LEVELS, Config, DType, Plan, Route, configs, make_plan
 from ablate.kernels.spec import TreeSpec
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _DTYPES: dict[torch.dtype, DType] = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 _log = logging.getLogger(__name__)
 
@@ -34,12 +28,13 @@ _log = logging.getLogger(__name__)
 class Policy:
     """What `using` can pin, for tests, measurements and tuning.
 
-    The route; tiles even where they do not pay; the tokens of one partial sum of a weight gradient; and by kernel the
-    place of the configuration in its shipped list.
+    The route; tiles even where they do not pay; the levels of a subtree tile (at most 6); the tokens of one partial sum
+    of a weight gradient; and by kernel the place of the configuration in its shipped list.
     """
 
     route: Route | None = None
     always_tile: bool = False
+    tile_levels: int = TILE_LEVELS
     split_tokens: int = 256
     config: tuple[tuple[str, int], ...] = ()
 
@@ -76,20 +71,23 @@ def forward(
     x, w_in and w_out are all bf16 or all fp32, on one GPU. Given leaves must lie in [0, L); on a device that is not
     checked. Raises TypeError for other dtypes and RuntimeError for CPU tensors outside the interpreter.
     """
-    layer = _Layer.of(x, w_in, spec, w_out)
-    with layer.device():
-        codes, z, order = layer.respond(x, w_in, b, thresholds, leaves, with_leaves=True)
-        y = layer.output(z, codes, order, w_out)
-    return y.to(x.dtype), codes, z
+    d, dtype = x.shape[1], x.dtype
+    x, w_in, w_out = _padded(x), _padded(w_in), _padded(w_out)
+    this = _begin(x, w_in, spec, w_out)
+    with this.device():
+        codes, z, order = this.respond(x, w_in, b, thresholds, leaves, with_leaves=True)
+        y = this.output(z, codes, order, w_out)
+    return y[:, :d].to(dtype).contiguous(), codes, z
 
 
 def route(
     x: Tensor, w_in: Tensor, b: Tensor | None, thresholds: Tensor | None, spec: TreeSpec
 ) -> tuple[Tensor, Tensor]:
     """Leaves int32 [N, K] and node responses fp32 [N, K, D]; arguments and errors as `forward`."""
-    layer = _Layer.of(x, w_in, spec)
-    with layer.device():
-        return layer.respond(x, w_in, b, thresholds, None, with_leaves=False)[:2]
+    x, w_in = _padded(x), _padded(w_in)
+    this = _begin(x, w_in, spec)
+    with this.device():
+        return this.respond(x, w_in, b, thresholds, None, with_leaves=False)[:2]
 
 
 def backward(
@@ -104,355 +102,66 @@ def backward(
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, w_in, b and w_out (None where `needs` says so) from gy [N, d] and what `forward` returned."""
-    layer = _Layer.of(x, w_in, spec, w_out)
-    with layer.device():
-        return layer.gradients(gy.to(x.dtype), x, w_in, b, w_out, leaves, responses.contiguous(), needs)
+    d = x.shape[1]
+    gy, x, w_in, w_out = _padded(gy.to(x.dtype)), _padded(x), _padded(w_in), _padded(w_out)
+    this = _begin(x, w_in, spec, w_out)
+    with this.device():
+        gx, g_in, g_b, g_out = this.gradients(gy, x, w_in, b, w_out, leaves, responses.contiguous(), needs)
+    gx, g_in, g_out = (None if g is None else g[..., :d].contiguous() for g in (gx, g_in, g_out))
+    return gx, g_in, g_b, g_out
+
+
+def _padded(t: Tensor) -> Tensor:
+    """Contiguous, with zeros up to the next multiple of 16 in the last dimension.
+
+    Rows that are no multiple of 16 elements cannot be read in vectors; the copy costs less than reading them singly.
+    """
+    short = -t.shape[-1] % 16
+    return torch.nn.functional.pad(t, (0, short)) if short else t.contiguous()
 
 
 @functools.lru_cache(maxsize=1024)
-def _pick_plan(spec: TreeSpec, bucket: int, d: int, dtype: DType, policy: Policy, device: str) -> Plan:
-    """The plan for token counts up to `bucket`, a power of two: pinned, else tuned on this device, else predicted."""
-    if policy.route is not None:
-        return make_plan(spec, bucket, dtype, policy.route, policy.always_tile)
+def _choose(
+    spec: TreeSpec, bucket: int, d: int, dtype: DType, policy: Policy, device: str
+) -> tuple[Plan, dict[str, Config]]:
+    """Plan and configurations for token counts up to `bucket`: pinned, else tuned on this device, else predicted."""
     entry = tuned.lookup(device, spec, bucket, d, dtype)
-    chosen, why = (entry.route, "measured") if entry else (predict.fastest(spec, bucket, d, dtype), "predicted")
-    _log.info("%s %s d %d, up to %d tokens on %s: route %s (%s)", spec, dtype, d, bucket, device, chosen, why)
-    return make_plan(spec, bucket, dtype, chosen)
+    pinned = dict(policy.config)
+    places = {name: pinned.get(name, entry.configs.get(name, 0) if entry else 0) for name in KERNELS}
+    chosen = {name: configs(name, dtype)[place] for name, place in places.items()}
+    if policy.route is not None:
+        return make_plan(spec, bucket, dtype, policy.route, policy.always_tile, policy.tile_levels), chosen
+    route, why = (entry.route, "measured") if entry else (predict.fastest(spec, bucket, d, dtype), "predicted")
+    _log.info("%s %s d %d, up to %d tokens on %s: route %s (%s)", spec, dtype, d, bucket, device, route, why)
+    return make_plan(spec, bucket, dtype, route, policy.always_tile, policy.tile_levels), chosen
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Layer:
-    """One call: the shape, the plan, and the launches. Tensors are [N, d] tokens, [K, rows, d] weights, as in `op`."""
+def forget_choices() -> None:
+    """Choose anew from now on; for after the table of measurements has changed."""
+    _choose.cache_clear()
 
-    spec: TreeSpec
-    tokens: int
-    d: int
-    dtype: DType
-    plan: Plan
-    policy: Policy
-    where: torch.device
-    device_name: str
 
-    @staticmethod
-    def of(x: Tensor, w_in: Tensor, spec: TreeSpec, *others: Tensor) -> _Layer:
-        """Check what kernels rely on and choose the plan."""
-        dtype = _DTYPES.get(x.dtype)
-        if dtype is None or any(w.dtype != x.dtype for w in (w_in, *others)):
-            found = [str(t.dtype) for t in (x, w_in, *others)]
-            raise TypeError(f"the triton backend takes x and weights of one dtype, bfloat16 or float32, got {found}")
-        if x.device.type == "cpu" and not INTERPRETED:
-            raise RuntimeError("the triton backend needs a GPU, or TRITON_INTERPRET=1 set before the first import")
-        n, d = x.shape
-        if max(n, spec.in_rows) * spec.trees >= 1 << 31:
-            raise ValueError(f"{n} tokens and {spec.in_rows} rows of {spec.trees} trees exceed 32-bit indices")
-        name = "interpreter" if INTERPRETED else torch.cuda.get_device_name(x.device)
-        plan = _pick_plan(spec, tuned.bucket_of(n), d, dtype, _policy, name)
-        return _Layer(
-            spec=spec, tokens=n, d=d, dtype=dtype, plan=plan, policy=_policy, where=x.device, device_name=name
-        )
-
-    def device(self) -> contextlib.AbstractContextManager[Any]:
-        """Launch on the tensors' device, whichever is current."""
-        return torch.cuda.device(self.where) if self.where.type == "cuda" else contextlib.nullcontext()
-
-    def empty(self, *shape: int, like_input: bool = False) -> Tensor:
-        """An allocation, fp32 or in the input's dtype; for the interpreter always fp32: it rounds to bf16 wrongly."""
-        dtype = torch.bfloat16 if like_input and self.dtype == "bf16" and not INTERPRETED else torch.float32
-        return torch.empty(shape, dtype=dtype, device=self.where)
-
-    def config(self, kernel: str) -> Config:
-        """The configuration of a kernel: pinned, else tuned on this device, else the shipped default."""
-        pinned = dict(self.policy.config).get(kernel)
-        return tuned.config(kernel, self.device_name, self.spec, self.tokens, self.d, self.dtype, pinned)
-
-    def respond(
-        self,
-        x: Tensor,
-        w_in: Tensor,
-        b: Tensor | None,
-        thresholds: Tensor | None,
-        leaves: Tensor | None,
-        *,
-        with_leaves: bool,
-    ) -> tuple[Tensor, Tensor, Order | None]:
-        """Leaves [N, K] and responses [N, K, D (+ W)]: down the tree stage by stage, tokens sorted anew before each.
-
-        Also the last order of the tokens, for passes over the same leaves.
-        """
-        spec, plan, n = self.spec, self.plan, self.tokens
-        z = self.empty(n, spec.trees, spec.path if with_leaves else spec.depth)
-        given = leaves is not None
-        codes = (
-            leaves.to(torch.int32, copy=True).contiguous()
-            if leaves is not None
-            else torch.zeros((n, spec.trees), dtype=torch.int32, device=self.where)
-        )
-        if n == 0:
-            return codes, z, None
-        x, w_in = x.contiguous(), w_in.contiguous()
-        b = None if b is None else b.contiguous()
-        t = None if thresholds is None or given else thresholds.float().contiguous()
-        order = sort_tokens(codes, spec.depth) if given and plan.sorted else None
-        for stage in plan.stages:
-            if plan.sorted and not given and stage.level > 0:
-                order = sort_tokens(codes, stage.level)
-            self.dots(stage, x, codes, order, w_in, b, t, z, (0, spec.trees), routes=not given)
-        if plan.row_level < spec.depth or (with_leaves and plan.leaves is None):
-            self.row_dots(x, codes, order, w_in, b, t, z, (0, spec.trees), routes=not given, leaves=with_leaves)
-        if with_leaves and plan.leaves is not None:
-            order = self.order(codes, order)
-            self.dots(plan.leaves, x, codes, order, w_in, b, None, z, (0, spec.trees), routes=False)
-        return codes, z, order
-
-    def output(self, z: Tensor, codes: Tensor, order: Order | None, w_out: Tensor) -> Tensor:
-        """y [N, d] from the responses, up the trees in rising order."""
-        spec = self.spec
-        if self.tokens == 0:
-            return self.empty(0, self.d, like_input=True)
-        w_out = w_out.contiguous()
-        order = self.order(codes, order)
-        if spec.placement != "unit":
-            epilogue = "tree" if spec.placement == "tree" else "all"
-            return self.spread(z, codes, order, w_out, (0, spec.trees), epilogue)
-        h = torch.empty_like(z)
-        self.pointwise("activate", z, h)
-        return self.spread(h, codes, order, w_out, (0, spec.trees), "none")
-
-    def gradients(
-        self,
-        gy: Tensor,
-        x: Tensor,
-        w_in: Tensor,
-        b: Tensor | None,
-        w_out: Tensor,
-        codes: Tensor,
-        z: Tensor,
-        needs: tuple[bool, ...],
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """See `backward`. The sum of units inside phi (placements tree and sum) is computed again, not saved."""
-        spec, trees = self.spec, (0, self.spec.trees)
-        need_x, need_in, need_b, need_out = needs[0], needs[1], needs[2] and b is not None, needs[3]
-        if self.tokens == 0:
-            zeros = (torch.zeros_like(t) if t is not None else None for t in (x, w_in, b, w_out))
-            wanted = (need_x, need_in, need_b, need_out)
-            gx, gw, gb, go = (z if w else None for z, w in zip(zeros, wanted, strict=True))
-            return gx, gw, gb, go
-        gy, x, w_in, w_out = (t.contiguous() for t in (gy, x, w_in, w_out))
-        by_leaf = sort_tokens(codes, spec.depth) if any(p.tiles > 1 for p in grad_pieces(spec)) else None
-        order = by_leaf if self.plan.sorted else None
-        g_out = self.empty(*w_out.shape, like_input=True) if need_out else None
-        dz = self.empty(self.tokens, spec.trees, spec.path)
-        h = z
-        if spec.placement == "unit":
-            self.path_dots(gy, codes, order, w_out, dz, trees)
-            h = torch.empty_like(z)
-            self.pointwise("path_grad", z, h, dz)
-            if g_out is not None:
-                self.wgrad(h, gy, codes, by_leaf, g_out, None, trees)
-        else:
-            steps = [(k, k + 1) for k in range(spec.trees)] if spec.placement == "tree" else [trees]
-            for step in steps:
-                inner = self.spread(z, codes, order, w_out, step, "slope", g=gy)
-                self.path_dots(inner, codes, order, w_out, dz, step)
-                if g_out is not None:
-                    self.wgrad(z, inner, codes, by_leaf, g_out, None, step)
-        gx = self.spread(dz, codes, order, w_in, trees, "none").to(x.dtype) if need_x else None
-        g_in = g_b = None
-        if need_in or need_b:
-            g_in = self.empty(*w_in.shape, like_input=True)
-            g_b = self.empty(spec.trees, spec.in_rows, like_input=True) if need_b else None
-            if not spec.node_output:
-                g_in[:, : spec.nodes] = 0
-                if g_b is not None:
-                    g_b[:, : spec.nodes] = 0
-            self.wgrad(dz, x, codes, by_leaf, g_in, g_b, trees)
-        return (
-            gx,
-            g_in.to(w_in.dtype) if g_in is not None and need_in else None,
-            g_b.to(b.dtype) if g_b is not None and b is not None else None,
-            g_out.to(w_out.dtype) if g_out is not None else None,
-        )
-
-    def order(self, codes: Tensor, have: Order | None) -> Order | None:
-        """The order all of the plan's pieces need, by leaf; `have` where it will do."""
-        if not self.plan.sorted:
-            return None
-        if have is not None and have.levels >= self.plan.sorted_levels:
-            return have
-        return sort_tokens(codes, self.spec.depth)
-
-    def path_dots(
-        self, g: Tensor, codes: Tensor, order: Order | None, w: Tensor, v: Tensor, trees: tuple[int, int]
-    ) -> None:
-        """v[n, k, u] = <g[n], w_out[k, u]> over the units of the path that have a row in w_out."""
-        plan = self.plan
-        for stage in plan.stages if self.spec.node_output else ():
-            self.dots(stage, g, codes, order, w, None, None, v, trees, routes=False)
-        if (plan.row_level < self.spec.depth and self.spec.node_output) or plan.leaves is None:
-            self.row_dots(g, codes, order, w, None, None, v, trees, routes=False, leaves=plan.leaves is None, out=True)
-        if plan.leaves is not None:
-            self.dots(plan.leaves, g, codes, order, w, None, None, v, trees, routes=False)
-
-    # ---- one launch each -------------------------------------------------------------------------------------------
-
-    def leaf_base(self, w: Tensor) -> int:
-        """Row of the first leaf unit in w_in or w_out."""
-        return w.shape[1] - self.spec.leaves * self.spec.leaf_width
-
-    def dots(
-        self,
-        piece: Piece,
-        a: Tensor,
-        codes: Tensor,
-        order: Order | None,
-        w: Tensor,
-        b: Tensor | None,
-        t: Tensor | None,
-        v: Tensor,
-        trees: tuple[int, int],
-        *,
-        routes: bool,
-    ) -> None:
-        """`tiles.tile_dots` for one piece; with `routes` codes move from the piece's level to the one below it."""
-        c = self.config("tile_dots")
-        tiles.tile_dots[(triton.cdiv(self.tokens, c.bt), trees[1] - trees[0], piece.chunks)](
-            a, codes, codes if order is None else order.perm, w, w if b is None else b, v if t is None else t, v,
-            self.tokens, self.spec.trees, trees[0], self.d, v.shape[2], w.shape[1], self.spec.nodes, self.leaf_base(w),
-            piece.level, 0 if routes else piece.shift, piece.width, piece.group,
-            HEIGHT=piece.height, LANES=piece.lanes, ROUTE=routes, SORTED=order is not None, BIAS=b is not None,
-            THRESHOLDS=t is not None, EVEN=self.d % c.bd == 0, INTERPRETED=INTERPRETED, BT=c.bt, BD=c.bd,
-            **c.options(),
-        )  # fmt: skip
-
-    def row_dots(
-        self,
-        a: Tensor,
-        codes: Tensor,
-        order: Order | None,
-        w: Tensor,
-        b: Tensor | None,
-        t: Tensor | None,
-        v: Tensor,
-        trees: tuple[int, int],
-        *,
-        routes: bool,
-        leaves: bool,
-        out: bool = False,
-    ) -> None:
-        """`gather.row_dots` for the levels and leaves that the plan leaves to rows."""
-        c = self.config("row_dots")
-        skip_nodes = out and not self.spec.node_output
-        gather.row_dots[(triton.cdiv(self.tokens, c.bt), trees[1] - trees[0])](
-            a, codes, codes if order is None else order.perm, w, w if b is None else b, v if t is None else t, v,
-            self.tokens, self.spec.trees, trees[0], self.d, v.shape[2], w.shape[1], self.spec.nodes, self.leaf_base(w),
-            self.spec.depth, self.spec.depth if skip_nodes else self.plan.row_level, self.spec.leaf_width,
-            ROUTE=routes, LEAVES=leaves and self.plan.leaves is None, SORTED=order is not None, BIAS=b is not None,
-            THRESHOLDS=t is not None, EVEN=self.d % c.bd == 0, BT=c.bt, BD=c.bd,
-            **c.options(),
-        )  # fmt: skip
-
-    def spread(
-        self,
-        coef: Tensor,
-        codes: Tensor,
-        order: Order | None,
-        w: Tensor,
-        trees: tuple[int, int],
-        epilogue: str,
-        g: Tensor | None = None,
-    ) -> Tensor:
-        """`spread.spread` over the trees: one launch, or one a tree where tokens are in the order of its leaves."""
-        spec, plan = self.spec, self.plan
-        nodes = spec.node_output
-        stages = plan.stages if nodes else ()
-        hs = [p.height for p in stages] + [0] * (3 - len(stages))
-        lanes = [p.lanes for p in stages] + [16] * (3 - len(stages))
-        leaves = plan.leaves
-        rows = nodes and plan.row_level < spec.depth
-        c = self.config("spread" if stages or leaves else "spread_rows")
-        act, mirrored = self.act(leaf=True)
-        out = self.empty(self.tokens, self.d, like_input=True)
-        steps = [trees] if order is None else [(k, k + 1) for k in range(*trees)]
-        total = self.empty(self.tokens, self.d) if len(steps) > 1 else out
-        for i, (first, last) in enumerate(steps):
-            spread_kernels.spread[(triton.cdiv(self.tokens, c.bt), triton.cdiv(self.d, c.bd))](
-                coef, codes, codes if order is None else order.perm, w, total, coef if g is None else g, out,
-                self.tokens, spec.trees, first, last, self.d, spec.path, w.shape[1], spec.depth, plan.row_level,
-                self.leaf_base(w), spec.leaf_width, 0 if leaves is None else leaves.group,
-                float(spec.mirror), float(spec.leaf_gain),
-                HEIGHT0=hs[0], HEIGHT1=hs[1], HEIGHT2=hs[2], LANES0=lanes[0], LANES1=lanes[1], LANES2=lanes[2],
-                ROWS=rows, LEAF_LANES=0 if leaves is None else leaves.lanes, SORTED=order is not None,
-                FIRST=i == 0, LAST=i == len(steps) - 1, EPILOGUE=epilogue, ACT=act, MIRRORED=mirrored,
-                EVEN=self.d % c.bd == 0, INTERPRETED=INTERPRETED, BT=c.bt, BD=c.bd,
-                **c.options(),
-            )  # fmt: skip
-        return out
-
-    def wgrad(
-        self,
-        coef: Tensor,
-        a: Tensor,
-        codes: Tensor,
-        order: Order | None,
-        dw: Tensor,
-        db: Tensor | None,
-        trees: tuple[int, int],
-    ) -> None:
-        """`wgrad.tile_wgrad`, and `wgrad.fold` where segments are split, for every piece that has rows in dw.
-
-        Nodes without an output have no gradient anywhere: their rows are the caller's to zero.
-        """
-        spec, k = self.spec, trees[1] - trees[0]
-        c, cf = self.config("tile_wgrad"), self.config("fold")
-        for piece in grad_pieces(spec):
-            if piece.height > 0 and not spec.node_output:
-                continue
-            seg_order = order if piece.tiles > 1 else None
-            seg = segments(seg_order, piece, spec.depth, self.tokens, spec.trees, self.where)
-            runs = splits(piece, self.tokens, self.d, k, c.bd, self.policy.split_tokens)
-            slots = piece.tiles * piece.chunks * piece.lanes
-            part = self.empty(runs, spec.trees, slots, self.d) if runs > 1 else dw
-            part_b = dw if db is None else (self.empty(runs, spec.trees, slots) if runs > 1 else db)
-            blocks = triton.cdiv(self.d, c.bd)
-            wgrad.tile_wgrad[(piece.tiles * piece.chunks, blocks, k * runs)](
-                coef, a, codes, codes if seg_order is None else seg_order.perm, seg, part, part_b,
-                self.tokens, spec.trees, trees[0], self.d, spec.path, dw.shape[1], self.leaf_base(dw),
-                piece.level, piece.shift, piece.width, piece.group, piece.tiles, piece.chunks, runs,
-                HEIGHT=piece.height, LANES=piece.lanes, SORTED=seg_order is not None, BIAS=db is not None,
-                PARTIAL=runs > 1, EVEN=self.d % c.bd == 0, INTERPRETED=INTERPRETED, BT=c.bt, BD=c.bd,
-                **c.options(),
-            )  # fmt: skip
-            if runs > 1:
-                wgrad.fold[(piece.tiles * piece.chunks, triton.cdiv(self.d, cf.bd), k)](
-                    part, part_b, dw, dw if db is None else db,
-                    spec.trees, trees[0], self.d, dw.shape[1], self.leaf_base(dw), piece.level, piece.width,
-                    piece.group, piece.tiles, piece.chunks, runs,
-                    HEIGHT=piece.height, LANES=piece.lanes, BIAS=db is not None, BD=cf.bd,
-                    **cf.options(),
-                )  # fmt: skip
-
-    def act(self, *, leaf: bool) -> tuple[str, bool]:
-        """The kernels' ACT and MIRRORED for leaf units (and for summed outputs) or for node units."""
-        mirror = self.spec.mirror if leaf else self.spec.node_mirror
-        return (
-            ("identity", False) if is_identity(self.spec.activation, mirror) else (self.spec.activation, mirror != 0.0)
-        )
-
-    def pointwise(self, kernel: str, z: Tensor, h: Tensor, dh: Tensor | None = None) -> None:
-        """`pointwise.activate` (h from z), or with dh `pointwise.path_grad` (h from z, and dh becomes dz)."""
-        spec, c = self.spec, self.config(kernel)
-        node_act, node_mirrored = self.act(leaf=False)
-        leaf_act, leaf_mirrored = self.act(leaf=True)
-        scalars = (
-            z.numel(), spec.path, spec.depth,
-            float(spec.node_mirror), float(spec.node_gain), float(spec.mirror), float(spec.leaf_gain),
-        )  # fmt: skip
-        options = {
-            "NODE_ACT": node_act, "NODE_MIRRORED": node_mirrored, "LEAF_ACT": leaf_act, "LEAF_MIRRORED": leaf_mirrored,
-            "BLOCK": c.bt, **c.options(),
-        }  # fmt: skip
-        grid = (triton.cdiv(z.numel(), c.bt),)
-        if dh is None:
-            pointwise.activate[grid](z, h, *scalars, **options)
-        else:
-            pointwise.path_grad[grid](z, dh, h, *scalars, NODES=spec.node_output, **options)
+def _begin(x: Tensor, w_in: Tensor, spec: TreeSpec, *others: Tensor) -> Pass:
+    """Check what kernels rely on and choose the plan."""
+    dtype = _DTYPES.get(x.dtype)
+    if dtype is None or any(w.dtype != x.dtype for w in (w_in, *others)):
+        found = [str(t.dtype) for t in (x, w_in, *others)]
+        raise TypeError(f"the triton backend takes x and weights of one dtype, bfloat16 or float32, got {found}")
+    if x.device.type == "cpu" and not INTERPRETED:
+        raise RuntimeError("the triton backend needs a GPU, or TRITON_INTERPRET=1 set before the first import")
+    n, d = x.shape
+    if max(n, spec.in_rows) * spec.trees >= 1 << 31:
+        raise ValueError(f"{n} tokens and {spec.in_rows} rows of {spec.trees} trees exceed 32-bit indices")
+    name = "interpreter" if INTERPRETED else torch.cuda.get_device_name(x.device)
+    plan, chosen = _choose(spec, tuned.bucket_of(n), d, dtype, _policy, name)
+    return Pass(
+        spec=spec,
+        tokens=n,
+        d=d,
+        dtype=dtype,
+        plan=plan,
+        configs=chosen,
+        tile_levels=_policy.tile_levels,
+        split_tokens=_policy.split_tokens,
+        where=x.device,
+    )

@@ -17,6 +17,7 @@ from ablate.kernels.spec import TreeSpec
 
 Route = Literal["tiles", "gather", "masked"]
 DType = Literal["bf16", "fp32"]
+KERNELS = ("tile_dots", "row_dots", "spread", "spread_rows", "tile_wgrad", "fold", "activate", "path_grad")
 ROUTES: tuple[Route, ...] = ("tiles", "gather", "masked")
 
 TILE_LEVELS = 6  # 63 nodes are one 64-wide matrix tile, and their signs one machine word
@@ -79,7 +80,7 @@ class Config(NamedTuple):
     stages: int
 
     def options(self) -> dict[str, int | bool]:
-        """What Triton takes beside the kernel's arguments; fusing multiply and add is pinned, as its default changes."""
+        """What Triton takes beside the kernel's arguments; fused multiply-add is pinned, as its default changes."""
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
@@ -87,35 +88,40 @@ def _lanes(units: int) -> int:
     return max(16, 1 << (units - 1).bit_length())
 
 
-def heights(depth: int) -> tuple[int, ...]:
-    """Levels of each stage from the root down: as few stages as 6 levels allow, as equal as possible, taller first."""
+def heights(depth: int, levels: int = TILE_LEVELS) -> tuple[int, ...]:
+    """Levels of each stage from the root down: as few stages of up to `levels` as possible, equal or the first taller.
+
+    Raises ValueError where that takes more than three stages, the most that `spread` adds up at once.
+    """
     if depth == 0:
         return ()
-    stages = -(-depth // TILE_LEVELS)
+    stages = -(-depth // levels)
+    if stages > 3:
+        raise ValueError(f"depth {depth} takes {stages} stages of {levels} levels; at most 3 are supported")
     return tuple(depth // stages + (i < depth % stages) for i in range(stages))
 
 
-def subtrees(depth: int) -> tuple[Piece, ...]:
+def subtrees(depth: int, levels: int = TILE_LEVELS) -> tuple[Piece, ...]:
     """The pieces that cover all M nodes of a tree."""
     pieces, level = [], 0
-    for h in heights(depth):
+    for h in heights(depth, levels):
         pieces.append(Piece(level, h, depth - level, 1, 0, _lanes((1 << h) - 1), 1, 1 << level))
         level += h
     return tuple(pieces)
 
 
-def leaf_tiles(spec: TreeSpec) -> Piece:
+def leaf_tiles(spec: TreeSpec, levels: int = TILE_LEVELS) -> Piece:
     """The piece that covers all leaves: small ones share a tile with their neighbours under one last-stage subtree."""
     w = spec.leaf_width
     group = 0 if w > MAX_LANES else (MAX_LANES // w).bit_length() - 1
-    group = min(group, heights(spec.depth)[-1] if spec.depth else 0)
+    group = min(group, heights(spec.depth, levels)[-1] if spec.depth else 0)
     lanes = min(MAX_LANES, _lanes(w << group))
     return Piece(spec.depth, 0, group, w, group, lanes, -(-(w << group) // lanes), spec.leaves >> group)
 
 
-def grad_pieces(spec: TreeSpec) -> tuple[Piece, ...]:
+def grad_pieces(spec: TreeSpec, levels: int = TILE_LEVELS) -> tuple[Piece, ...]:
     """Disjoint pieces that cover every row of a tree: nodes, then leaves."""
-    return (*subtrees(spec.depth), leaf_tiles(spec))
+    return (*subtrees(spec.depth, levels), leaf_tiles(spec, levels))
 
 
 def tile_pays(piece: Piece, tokens: int, dtype: DType) -> bool:
@@ -129,11 +135,13 @@ def tile_pays(piece: Piece, tokens: int, dtype: DType) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def make_plan(spec: TreeSpec, tokens: int, dtype: DType, route: Route, always_tile: bool = False) -> Plan:
+def make_plan(
+    spec: TreeSpec, tokens: int, dtype: DType, route: Route, always_tile: bool = False, levels: int = TILE_LEVELS
+) -> Plan:
     """The plan of one route. `tiles` leaves the levels where tiles do not pay to rows, unless `always_tile`."""
     if route == "gather":
         return Plan("gather", (), 0, None, False)
-    cut, leaves = subtrees(spec.depth), leaf_tiles(spec)
+    cut, leaves = subtrees(spec.depth, levels), leaf_tiles(spec, levels)
     if route == "masked":
         return Plan("masked", cut, spec.depth, leaves, False)
     kept = []

@@ -150,8 +150,8 @@ def _up(spec: TreeSpec, plan: Plan, tokens: int, d: int, dtype: DType, nodes: bo
     launches = spec.trees if plan.sorted else 1
     cache += tokens * d * (8 * (launches - 1) + item)
     touched = min(spec.trees * tokens * spec.path, spec.trees * spec.out_rows)
-    whole = Step("spread", flops, scalar, cache, (tokens + touched) * d * item)
-    return [Step(whole.name, *(v / launches for v in whole[1:5]))] * launches
+    memory = (tokens + touched) * d * item
+    return [Step("spread", flops / launches, scalar / launches, cache / launches, memory / launches)] * launches
 
 
 def _tables() -> str:

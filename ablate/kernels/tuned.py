@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ablate.kernels.plan import Config, DType, Route, configs
+from ablate.kernels.plan import DType, Route
 from ablate.kernels.spec import TreeSpec
 
 _VERSION = 1
@@ -42,17 +42,6 @@ def bucket_of(tokens: int) -> int:
 def lookup(device: str, spec: TreeSpec, tokens: int, d: int, dtype: DType) -> Entry | None:
     """The measured entry for a shape, or None; token counts share one up to the next power of two."""
     return _table(str(path())).get(_key(device, spec, tokens, d, dtype))
-
-
-def config(
-    kernel: str, device: str, spec: TreeSpec, tokens: int, d: int, dtype: DType, pinned: int | None = None
-) -> Config:
-    """The configuration to launch a kernel with: at the pinned place of its list, else the measured, else the first."""
-    shipped = configs(kernel, dtype)
-    if pinned is not None:
-        return shipped[pinned]
-    entry = lookup(device, spec, tokens, d, dtype)
-    return shipped[entry.configs.get(kernel, 0)] if entry else shipped[0]
 
 
 def record(device: str, spec: TreeSpec, tokens: int, d: int, dtype: DType, entry: Entry) -> None:
