@@ -136,7 +136,7 @@ def serve(root: Path, port: int = 5000, uri: str | None = None) -> int:
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", "127.0.0.1"]
     command += ["--port", str(port), "--workers", "1"]
     try:
-        # Its job workers serve prompts and traces, which are not used here; without them it starts in a third of the time.
+        # Its job workers serve prompts and traces, which are not used here.
         return subprocess.run(command, check=False, env={**os.environ, JOBS: "false"}).returncode
     except KeyboardInterrupt:
         return 130
