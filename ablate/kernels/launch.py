@@ -20,7 +20,7 @@ from ablate.kernels.passes import INTERPRETED, Pass
 from ablate.kernels.plan import KERNELS, TILE_LEVELS, Config, DType, Plan, Route, configs, make_plan
 from ablate.kernels.spec import TreeSpec
 
-_DTYPES: dict[torch.dtype, DType] = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+DTYPES: dict[torch.dtype, DType] = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 _log = logging.getLogger(__name__)
 
 
@@ -42,15 +42,20 @@ class Policy:
 _policy = Policy()
 
 
+def pinned() -> Policy:
+    """What is pinned now."""
+    return _policy
+
+
 @contextlib.contextmanager
-def using(**pinned: Any) -> Iterator[None]:
+def using(**fields: Any) -> Iterator[None]:
     """Pin fields of `Policy` for every call of this process until the block ends.
 
     The whole process, not the thread: autograd runs backward in a thread of its own.
     """
     global _policy
     before = _policy
-    _policy = replace(before, **pinned)
+    _policy = replace(before, **fields)
     try:
         yield
     finally:
@@ -111,12 +116,17 @@ def backward(
     return gx, g_in, g_b, g_out
 
 
+def padded_width(d: int) -> int:
+    """The width that kernels see for a model width d."""
+    return d + -d % 16
+
+
 def _padded(t: Tensor) -> Tensor:
     """Contiguous, with zeros up to the next multiple of 16 in the last dimension.
 
     Rows that are no multiple of 16 elements cannot be read in vectors; the copy costs less than reading them singly.
     """
-    short = -t.shape[-1] % 16
+    short = padded_width(t.shape[-1]) - t.shape[-1]
     return torch.nn.functional.pad(t, (0, short)) if short else t.contiguous()
 
 
@@ -136,6 +146,11 @@ def _choose(
     return make_plan(spec, bucket, dtype, route, policy.always_tile, policy.tile_levels), chosen
 
 
+def device_name(device: torch.device) -> str:
+    """What measurements are kept under."""
+    return "interpreter" if INTERPRETED else torch.cuda.get_device_name(device)
+
+
 def forget_choices() -> None:
     """Choose anew from now on; for after the table of measurements has changed."""
     _choose.cache_clear()
@@ -143,7 +158,7 @@ def forget_choices() -> None:
 
 def _begin(x: Tensor, w_in: Tensor, spec: TreeSpec, *others: Tensor) -> Pass:
     """Check what kernels rely on and choose the plan."""
-    dtype = _DTYPES.get(x.dtype)
+    dtype = DTYPES.get(x.dtype)
     if dtype is None or any(w.dtype != x.dtype for w in (w_in, *others)):
         found = [str(t.dtype) for t in (x, w_in, *others)]
         raise TypeError(f"the triton backend takes x and weights of one dtype, bfloat16 or float32, got {found}")
@@ -152,8 +167,7 @@ def _begin(x: Tensor, w_in: Tensor, spec: TreeSpec, *others: Tensor) -> Pass:
     n, d = x.shape
     if max(n, spec.in_rows) * spec.trees >= 1 << 31:
         raise ValueError(f"{n} tokens and {spec.in_rows} rows of {spec.trees} trees exceed 32-bit indices")
-    name = "interpreter" if INTERPRETED else torch.cuda.get_device_name(x.device)
-    plan, chosen = _choose(spec, tuned.bucket_of(n), d, dtype, _policy, name)
+    plan, chosen = _choose(spec, tuned.bucket_of(n), d, dtype, _policy, device_name(x.device))
     return Pass(
         spec=spec,
         tokens=n,

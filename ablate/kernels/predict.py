@@ -154,7 +154,7 @@ def _up(spec: TreeSpec, plan: Plan, tokens: int, d: int, dtype: DType, nodes: bo
     return [Step("spread", flops / launches, scalar / launches, cache / launches, memory / launches)] * launches
 
 
-def _tables() -> str:
+def times_table() -> str:
     """The predictions of docs/kernels.md as Markdown."""
     tokens = 8192
     dtype: DType = "bf16"
@@ -175,7 +175,7 @@ def _tables() -> str:
     return "\n".join(lines)
 
 
-def _counts() -> str:
+def counts_table() -> str:
     """Flops and bytes of each route for two shapes, as Markdown."""
     tokens, d = 8192, 768
     dtype: DType = "bf16"
@@ -197,4 +197,4 @@ def _counts() -> str:
 
 
 if __name__ == "__main__":
-    print(_counts(), _tables(), sep="\n\n")
+    print(counts_table(), times_table(), sep="\n\n")

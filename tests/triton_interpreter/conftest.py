@@ -23,7 +23,8 @@ collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["tes
 def _fresh_memory_is_nan() -> Iterator[None]:
     """Every allocation of torch.empty is NaN (the largest integer for integers), so an unwritten element shows."""
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    # The flag is a property of the module, which its type does not show; it is on unless somebody turned it off.
+    assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)

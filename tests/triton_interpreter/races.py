@@ -68,11 +68,11 @@ def recorded(patch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
 
     def program() -> int:
         x, y, z = _BUILDER.grid_idx
-        return (x * 65536 + y) * 65536 + z
+        return int((x * 65536 + y) * 65536 + z)
 
     def touched(pointers: Any, mask: Any) -> np.ndarray:
         on = np.broadcast_to(mask.data, pointers.data.shape)
-        return pointers.data[on].astype(np.int64).ravel()
+        return np.asarray(pointers.data[on], dtype=np.int64).ravel()
 
     def recording_run(self: Any, *args: Any, **kwargs: Any) -> Any:
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
