@@ -29,7 +29,7 @@ repro: $(VENV)/.installed ## Run the default pipeline: data, study, findings, re
 	$(BIN)/dvc repro
 
 test: lint ## Lint, type-check and run the tests (under 8 minutes on 2 cores).
-	$(BIN)/python -m pytest -m "not soak"
+	$(BIN)/python -m pytest -m "not soak" -n 2 --dist loadfile
 
 lint: $(VENV)/.installed-dev ## Style and types.
 	$(BIN)/ruff check .

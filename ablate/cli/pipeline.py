@@ -17,6 +17,7 @@ from ablate.cli.common import (
     Json,
     Name,
     StudyFile,
+    among,
     app,
     example,
     study_app,
@@ -24,7 +25,7 @@ from ablate.cli.common import (
     with_progress,
     write,
 )
-from ablate.config import load_study
+from ablate.config import ConfigError, load_study
 
 
 @app.command()
@@ -57,7 +58,13 @@ def prepare(
 @example("study run studies/laptop.yaml --workers 2")
 def study_run(
     file: StudyFile,
-    workers: Annotated[int, typer.Option(min=1, help="Local processes; threads are divided among them.")] = 2,
+    workers: Annotated[int, typer.Option(min=1, help="Processes; threads are divided among them.")] = 2,
+    engine: Annotated[str, typer.Option(help="Where workers run: local, or ray.")] = "local",
+    address: Annotated[
+        str | None, typer.Option(help="ray: a running cluster's address; one of its own if not given.")
+    ] = None,
+    cpus_per_trial: Annotated[int, typer.Option(min=1, help="ray: cores of each worker.")] = 1,
+    gpus_per_trial: Annotated[float, typer.Option(min=0, help="ray: GPUs of each worker; 0.5 lets two share one.")] = 0,
     storage: Annotated[
         str | None, typer.Option(envvar="OPTUNA_STORAGE", help="Optuna's database URL; SQLite in state/.")
     ] = None,
@@ -67,12 +74,19 @@ def study_run(
     as_json: Json = False,
 ) -> None:
     """Run every trial of a study that has no result yet. Killed? Call it again: it goes on where it stopped."""
-    from ablate.study.runner import run_study
+    from ablate.study.runner import Engine, run_study
     from ablate.tracking.mlflow import MlflowTracker, default_uri
 
     study = load_study(file)
     tracker = MlflowTracker(tracking or default_uri(ROOT.resolve()))
-    outcome = run_study(study, ROOT, workers=workers, storage=storage, tracker=tracker)
+    place: Engine | None = None
+    if among([engine], ["local", "ray"], "engine") == ["ray"]:
+        try:
+            from ablate.study.ray_engine import RayEngine
+        except ModuleNotFoundError:
+            raise ConfigError("engine is 'ray': it needs the extra `ray`; pip install -e '.[ray]'") from None
+        place = RayEngine(workers, address, cpus_per_trial=cpus_per_trial, gpus_per_trial=gpus_per_trial)
+    outcome = run_study(study, ROOT, workers=workers, storage=storage, tracker=tracker, engine=place)
     if as_json:
         print(json.dumps(dataclasses.asdict(outcome)))
     else:
@@ -156,6 +170,7 @@ def study_plan(
         "tokens": found.tokens,
         "seconds": found.seconds,
         "plan_hash": found.plan.hash,
+        "notes": found.plan.notes,
         "arms": rows,
     }
     if as_json:
@@ -166,6 +181,8 @@ def study_plan(
         for r in rows
     ]
     table_of(f"Plan {found.plan.hash}", ["arm", "trials", "units", "active", "FLOPs a token", "seconds a trial"], cells)
+    for note in found.plan.notes:
+        print(note)
     print(f"{found.trials} trials to do, {found.tokens:,} training tokens, about {found.seconds / 60:.1f} minutes")
 
 
