@@ -33,6 +33,9 @@ from ablate.kernels.cpu_vector import (
     prefetch,
 )
 
+NEAR_BYTES = 1 << 18
+"""Rows of x that are parted together near the root: a quarter of a usual second-level cache."""
+
 CHUNK = 32
 """Tokens of one segment handled at a time: their rows stay in the first-level cache between passes over them."""
 
@@ -154,11 +157,38 @@ def _activate(z, count, A, width, acts, slopes, out, part):
 
 
 @jit
+def _gather(order, place, t0, begins, spare, level, stack):
+    """Stable counting sort of `order` by place[token - t0] in [0, 2^level), and a stack of the nodes that have tokens."""
+    begins[:] = 0
+    for t in order:
+        begins[place[t - t0] + 1] += 1
+    for n in range(1 << level):
+        begins[n + 1] += begins[n]
+    top = 0
+    for n in range((1 << level) - 1, -1, -1):
+        if begins[n] < begins[n + 1]:
+            stack[top, 0], stack[top, 1], stack[top, 2], stack[top, 3] = (
+                n + (1 << level) - 1,
+                level,
+                begins[n],
+                begins[n + 1],
+            )
+            top += 1
+    for t in order:
+        spare[begins[place[t - t0]]] = t
+        begins[place[t - t0]] += 1
+    order[:] = spare[: len(order)]
+    return top
+
+
+@jit
 def down(counter, x, w_in, b, has_bias, thresholds, has_thresholds, leaves, given, z, orders, depth, width, block):
     """Route, or follow given leaves: z[n, k, :] on the path (its last axis decides whether leaf units are wanted).
 
     A task is (block of tokens, tree). Depth first: a node's tokens are scored together and parted stably in place, so
-    that at the end orders [K, N] holds the block's tokens by leaf.
+    that at the end orders [K, N] holds the block's tokens by leaf. Near the root a node's tokens would not fit in the
+    cache, and every level would fetch all of x again: there, small pieces of the block go down `near` levels each, are
+    brought together by the node they reached, and go on from it.
     """
     N, d = x.shape
     K = w_in.shape[0]
@@ -171,7 +201,14 @@ def down(counter, x, w_in, b, has_bias, thresholds, has_thresholds, leaves, give
     ws = np.empty(max(width, 1), np.int64)
     scores = np.empty(max(block + 2, CHUNK * width), z.dtype)
     scratch = np.empty(16, z.dtype)
-    stack = np.empty((depth + 2, 4), np.int64)
+    piece = max(CHUNK, NEAR_BYTES // step)
+    near = 0
+    while near < depth and block >> near > piece:
+        near += 1
+    near = 0 if near < 2 else near
+    place = np.empty(block, np.int64)
+    begins = np.empty((1 << near) + 1, np.int64)
+    stack = np.empty((depth + 2 + (1 << near), 4), np.int64)
     tree_bytes = w_in.shape[1] * step
     while True:
         task = fetch_add(counter)
@@ -183,73 +220,85 @@ def down(counter, x, w_in, b, has_bias, thresholds, has_thresholds, leaves, give
         order = orders[k, t0:t1]
         for i in range(t1 - t0):
             order[i] = t0 + i
-        top = 1
-        stack[0, 0], stack[0, 1], stack[0, 2], stack[0, 3] = 0, 0, 0, t1 - t0
         base = w_in.ctypes.data + k * tree_bytes
-        while top > 0:
-            top -= 1
-            n, level, p0, p1 = stack[top, 0], stack[top, 1], stack[top, 2], stack[top, 3]
-            size = p1 - p0
-            for i in range(size):
-                xs[i] = x.ctypes.data + order[p0 + i] * step
-            if level < depth:
-                ws[0] = base + n * step
-                if level + 1 < depth:
-                    prefetch(base + (2 * n + 1) * step, 2 * step)
-                elif units:
-                    prefetch(base + (M + (2 * n + 1 - M) * width) * step, 2 * width * step)
-                i = 0
-                while i + 8 <= size:
-                    dots81(xs, i, ws, 0, d, scores, i)
-                    i += 8
-                if i + 4 <= size:
-                    dots41(xs, i, ws, 0, d, scores, i)
-                    i += 4
-                if size - i >= 2:
-                    # Four products at once take no longer than one, whose additions wait for each other.
-                    for j in range(size, i + 4):
-                        xs[j] = xs[i]
-                    dots41(xs, i, ws, 0, d, scores, i)
-                elif size > i:
-                    dots11(xs, i, ws, 0, d, scores, i)
-                bias = b[k, n] if has_bias else z.dtype.type(0)
-                limit = thresholds[k, n] if has_thresholds else z.dtype.type(0)
-                kept, moved = p0, 0
-                for i in range(size):
-                    t = order[p0 + i]
-                    score = scores[i] + bias
-                    z[t, k, level] = score
-                    right = (leaves[t, k] >> (depth - 1 - level)) & 1 if given else int(score > limit)
-                    # Both are written and one counted: a branch here would be mispredicted every other time.
-                    order[kept] = t
-                    rights[moved] = t
-                    kept += 1 - right
-                    moved += right
-                for i in range(moved):
-                    order[kept + i] = rights[i]
-                if kept < p1:
-                    stack[top, 0], stack[top, 1], stack[top, 2], stack[top, 3] = 2 * n + 2, level + 1, kept, p1
-                    top += 1
-                if kept > p0:
-                    stack[top, 0], stack[top, 1], stack[top, 2], stack[top, 3] = 2 * n + 1, level + 1, p0, kept
-                    top += 1
-            else:
-                leaf = n - M
-                if not given:
+        pieces = (t1 - t0 + piece - 1) // piece if near > 0 else 0
+        for run in range(pieces + 1):
+            top, stop = 1, near
+            stack[0, 0], stack[0, 1], stack[0, 2], stack[0, 3] = 0, 0, run * piece, min((run + 1) * piece, t1 - t0)
+            if run == pieces:
+                stop = -1
+                if pieces == 0:
+                    stack[0, 2], stack[0, 3] = 0, t1 - t0
+                else:
+                    top = _gather(order, place, t0, begins, rights, near, stack)
+            while top > 0:
+                top -= 1
+                n, level, p0, p1 = stack[top, 0], stack[top, 1], stack[top, 2], stack[top, 3]
+                size = p1 - p0
+                if level == stop:
                     for i in range(p0, p1):
-                        leaves[order[i], k] = leaf
-                if units:
-                    first = M + leaf * width
-                    for j in range(width):
-                        ws[j] = base + (first + j) * step
-                    for s0 in range(0, size, CHUNK):
-                        count = min(CHUNK, size - s0)
-                        _products(xs, s0, count, ws, width, d, scores, scratch)
-                        for i in range(count):
-                            t = order[p0 + s0 + i]
-                            for j in range(width):
-                                bias = b[k, first + j] if has_bias else z.dtype.type(0)
-                                z[t, k, depth + j] = scores[i * width + j] + bias
+                        place[order[i] - t0] = n + 1 - (1 << near)
+                    continue
+                for i in range(size):
+                    xs[i] = x.ctypes.data + order[p0 + i] * step
+                if level < depth:
+                    ws[0] = base + n * step
+                    if level + 1 < depth:
+                        prefetch(base + (2 * n + 1) * step, 2 * step)
+                    elif units:
+                        prefetch(base + (M + (2 * n + 1 - M) * width) * step, 2 * width * step)
+                    i = 0
+                    while i + 8 <= size:
+                        dots81(xs, i, ws, 0, d, scores, i)
+                        i += 8
+                    if i + 4 <= size:
+                        dots41(xs, i, ws, 0, d, scores, i)
+                        i += 4
+                    if size - i >= 2:
+                        # Four products at once take no longer than one, whose additions wait for each other.
+                        for j in range(size, i + 4):
+                            xs[j] = xs[i]
+                        dots41(xs, i, ws, 0, d, scores, i)
+                    elif size > i:
+                        dots11(xs, i, ws, 0, d, scores, i)
+                    bias = b[k, n] if has_bias else z.dtype.type(0)
+                    limit = thresholds[k, n] if has_thresholds else z.dtype.type(0)
+                    kept, moved = p0, 0
+                    for i in range(size):
+                        t = order[p0 + i]
+                        score = scores[i] + bias
+                        z[t, k, level] = score
+                        right = (leaves[t, k] >> (depth - 1 - level)) & 1 if given else int(score > limit)
+                        # Both are written and one counted: a branch here would be mispredicted every other time.
+                        order[kept] = t
+                        rights[moved] = t
+                        kept += 1 - right
+                        moved += right
+                    for i in range(moved):
+                        order[kept + i] = rights[i]
+                    if kept < p1:
+                        stack[top, 0], stack[top, 1], stack[top, 2], stack[top, 3] = 2 * n + 2, level + 1, kept, p1
+                        top += 1
+                    if kept > p0:
+                        stack[top, 0], stack[top, 1], stack[top, 2], stack[top, 3] = 2 * n + 1, level + 1, p0, kept
+                        top += 1
+                else:
+                    leaf = n - M
+                    if not given:
+                        for i in range(p0, p1):
+                            leaves[order[i], k] = leaf
+                    if units:
+                        first = M + leaf * width
+                        for j in range(width):
+                            ws[j] = base + (first + j) * step
+                        for s0 in range(0, size, CHUNK):
+                            count = min(CHUNK, size - s0)
+                            _products(xs, s0, count, ws, width, d, scores, scratch)
+                            for i in range(count):
+                                t = order[p0 + s0 + i]
+                                for j in range(width):
+                                    bias = b[k, first + j] if has_bias else z.dtype.type(0)
+                                    z[t, k, depth + j] = scores[i * width + j] + bias
 
 
 @jit

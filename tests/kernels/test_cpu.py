@@ -65,7 +65,20 @@ def test_random_shapes(case: Case) -> None:
 BIG = Case(why="several tasks", tokens=1500, d=40, spec=tree(trees=3, depth=4, leaf_width=3), thresholds=True)
 
 
-@pytest.mark.parametrize("case", [BIG, replace(BIG, hot=True), replace(BIG, spec=tree(trees=1, depth=7, leaf_width=1))])
+# Rows of 4 KiB: a block's x is parted in pieces of 64 tokens near the root, and then by the node they reached.
+WIDE = Case(why="pieces near the root", tokens=700, d=1025, spec=tree(trees=1, depth=5, leaf_width=1), thresholds=True)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        BIG,
+        replace(BIG, hot=True),
+        replace(BIG, spec=tree(trees=1, depth=7, leaf_width=1)),
+        WIDE,
+        replace(WIDE, hot=True),
+    ],
+)
 def test_several_tasks_a_thread_agree_with_the_reference(case: Case, two_threads: None) -> None:
     check(case, "cpu", torch.float32)
 
