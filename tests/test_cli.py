@@ -39,16 +39,28 @@ def test_every_command_has_help_with_an_example() -> None:
 @pytest.mark.parametrize(
     ("study", "arguments", "message"),
     [
-        (None, ("study", "run", "studies/x.yaml"), "study file 'studies/x.yaml' does not exist; studies beside it: none there"),
+        (
+            None,
+            ("study", "run", "studies/x.yaml"),
+            "study file 'studies/x.yaml' does not exist; studies beside it: none there",
+        ),
         ("", ("study", "run", "studies/x.yaml"), "study file 'studies/x.yaml' is empty: a mapping with name, factors"),
-        ("factors: {tree.miror: [0, 1]}", ("prepare", "studies/x.yaml"), "factor 'tree.miror' is unknown: tree has trees, depth,"),
+        (
+            "factors: {tree.miror: [0, 1]}",
+            ("prepare", "studies/x.yaml"),
+            "factor 'tree.miror' is unknown: tree has trees, depth,",
+        ),
         ("factors: {tree.depth: [3, 99]}", ("study", "run", "studies/x.yaml"), "depth is 99"),
         (
             "base: {corpus: {source: files, path: nowhere}}\nfactors: {tree.mirror: [0, 1]}",
             ("study", "run", "studies/x.yaml"),
             "nowhere",
         ),
-        (None, ("collect", "laptop"), "study 'laptop' has no results: run `ablate study run studies/laptop.yaml` first"),
+        (
+            None,
+            ("collect", "laptop"),
+            "study 'laptop' has no results: run `ablate study run studies/laptop.yaml` first",
+        ),
         (None, ("report", "laptop"), "laptop"),
         (None, ("prune", "no-such-run"), "run 'no-such-run' is not known"),
         (None, ("prune", "0123456789ab"), "run '0123456789ab' is not known"),

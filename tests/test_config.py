@@ -29,7 +29,10 @@ GOOD = {"name": "s", "factors": {"tree.mirror": [0, 1]}}
         ({"base": {"corpus": {"source": "files"}}}, "path is missing: source 'files' needs a directory, file or glob"),
         ({"base": {"corpus": {"source": "web"}}}, "base.corpus.source is 'web': input should be 'stdlib', 'files' or 'hub'"),
         ({"base": {"corpus": {"tokenizer_file": "x"}}}, "tokenizer_file is 'x': it is given with tokenizer 'file', and only then"),
-        ({"design": "search", "budget": {"trials": 3}, "pruner": "median", "objectives": ["bpb", "n_eff_frac"]}, "pruner is 'median': with 2 objectives"),
+        (
+            {"design": "search", "budget": {"trials": 3}, "pruner": "median", "objectives": ["bpb", "n_eff_frac"]},
+            "pruner is 'median': with 2 objectives",
+        ),
         ({"pruner": "median"}, "pruner is 'median': only design 'search' prunes"),
         ({"design": "search"}, "budget is missing: design 'search' needs"),
         ({"factors": {"train.lr": {"range": {"low": 1, "high": 2}}}}, "factors.train.lr.range: design 'factorial' needs levels"),
@@ -83,7 +86,13 @@ def test_name_defaults_to_the_file_and_presets_are_bases(tmp_path: Path) -> None
     study = load_study(file)
     trial = study.trial({"tree.mirror": 1}, seed=4)
     assert study.name == "mine"
-    assert (trial.model.d_model, trial.train.steps, trial.tree.mirror, trial.init_seed, trial.data_seed) == (384, 7, 1, 4, 4)
+    assert (trial.model.d_model, trial.train.steps, trial.tree.mirror, trial.init_seed, trial.data_seed) == (
+        384,
+        7,
+        1,
+        4,
+        4,
+    )
 
 
 def test_hash_is_of_the_content() -> None:

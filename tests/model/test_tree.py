@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from ablate import TreeFeedForward
 from ablate.config import ConfigError, Trial
 from ablate.kernels.op import tree_feedforward
+from ablate.kernels.spec import Placement, TreeSpec
 from ablate.model import init
 from ablate.model.counts import count
-from ablate.model.tree import tree_spec
 from ablate.model.transformer import Transformer
 
 
@@ -22,13 +24,14 @@ def tokens_like_layer_inputs(n: int, d: int, seed: int = 0) -> torch.Tensor:
 def test_identity_makes_the_placements_one_model() -> None:
     x = tokens_like_layer_inputs(100, 16)
     outputs = []
-    for placement in ("unit", "tree", "sum"):
+    placements: tuple[Placement, ...] = ("unit", "tree", "sum")
+    for placement in placements:
         torch.manual_seed(3)
         layer = TreeFeedForward(16, trees=2, depth=3, leaf_width=2, mirror=-1, placement=placement)
         outputs.append(layer(x))
         direct = tree_feedforward(
             x, layer.w_in, layer.b, layer.w_out,
-            tree_spec(layer.tree).__class__(trees=2, depth=3, leaf_width=2, mirror=-1, node_mirror=-1, placement=placement),  # type: ignore[arg-type]
+            TreeSpec(trees=2, depth=3, leaf_width=2, mirror=-1, node_mirror=-1, placement=placement),
             backend="reference",
         )  # fmt: skip
         torch.testing.assert_close(direct.y, outputs[0], rtol=1e-5, atol=1e-6)
@@ -167,7 +170,7 @@ def test_zero_bias_and_uniform_ranges() -> None:
         ({"bias": False, "init": "median_split"}, "init is 'median_split': it needs bias on"),
     ],
 )
-def test_impossible_settings_are_refused_in_one_line(settings: dict[str, object], message: str) -> None:
+def test_impossible_settings_are_refused_in_one_line(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         TreeFeedForward(16, **settings)
     assert message in str(error.value)
@@ -206,7 +209,7 @@ def test_presets_are_the_sizes_they_claim() -> None:
 
     dense = Trial.model_validate(
         {
-            **{k: v for k, v in PRESETS["gpt2-small"].items()},
+            **PRESETS["gpt2-small"],
             "model": {**PRESETS["gpt2-small"]["model"], "feedforward": "dense"},
         }
     )

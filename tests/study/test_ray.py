@@ -32,8 +32,8 @@ def cluster() -> Iterator[object]:
         runtime_env={"env_vars": {"PYTHONPATH": repository}},
     )
     yield made
-    ray.shutdown()  # type: ignore[no-untyped-call]
-    made.shutdown()
+    ray.shutdown()
+    made.shutdown()  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.soak

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
@@ -36,10 +37,9 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(data_root: Path, tmp_path: Path) -> Callable[..., TrialResult]:
     folders = iter(range(1000))
 
-    def call(config: Trial, folder: Path | None = None, **keywords: object) -> TrialResult:
-        return run_trial(
-            config, data_root=data_root, folder=folder or tmp_path / f"t{next(folders)}", threads=1, **keywords
-        )  # type: ignore[arg-type]
+    def call(config: Trial, folder: Path | None = None, **keywords: Any) -> TrialResult:
+        where = folder or tmp_path / f"t{next(folders)}"
+        return run_trial(config, data_root=data_root, folder=where, threads=1, **keywords)
 
     return call
 
