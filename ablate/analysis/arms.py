@@ -229,8 +229,7 @@ def mean(values: list[float | None]) -> float | None:
 
 
 def signs(record: dict[str, Any]) -> list[str]:
-    """Which of the three troubles an arm shows, from its means: born_imbalanced, dips, self_prunes; and how it ended.
-    """
+    """Which of the three troubles an arm shows, from its means: born_imbalanced, dips, self_prunes; and how it ended."""
     m = {c: record[c]["mean"] for c in STORY if record[c]}
     if "n_eff_frac" not in m:
         return []

@@ -35,7 +35,9 @@ def path_rows(leaves: Tensor, spec: TreeSpec) -> Tensor:
     return torch.cat([path_nodes(leaves, spec.depth), leaf_rows], dim=2)
 
 
-def route(x: Tensor, w_in: Tensor, b: Tensor | None, thresholds: Tensor | None, spec: TreeSpec) -> tuple[Tensor, Tensor]:
+def route(
+    x: Tensor, w_in: Tensor, b: Tensor | None, thresholds: Tensor | None, spec: TreeSpec
+) -> tuple[Tensor, Tensor]:
     """Leaves int32 [N, K] and node responses on the path [N, K, D] for x [N, d]; outputs are not computed."""
     with torch.no_grad():
         z = torch.einsum("nd,kmd->nkm", x, w_in[:, : spec.nodes])

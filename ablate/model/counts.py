@@ -38,7 +38,8 @@ def count(trial: Trial, vocab_size: int) -> Cost:
     norms = d * (2 if model.feedforward != "none" else 1)
     shared = vocab_size * d + d + blocks * (attention + norms)
     weights = blocks * (attention + (active - _biases(trial, active_units))) + vocab_size * d
-    scores = blocks * 2 * d * (model.context + 1) // 2  # q·k and the weighted sum of v, over half the context on average
+    # q·k and the weighted sum of v, over half the context on average
+    scores = blocks * 2 * d * (model.context + 1) // 2
     return Cost(
         total_params=shared + blocks * total,
         active_params=shared + blocks * active,

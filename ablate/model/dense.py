@@ -21,7 +21,11 @@ class DenseFeedForward(nn.Module):
         self.gain = unit_gain(dense.activation, dense.mirror) if dense.gain == "unit" else 1.0
         bound_in, bound_out = 1 / math.sqrt(d_model), 1 / math.sqrt(self.width)
         self.w_in = nn.Parameter(torch.empty(self.width, d_model).uniform_(-bound_in, bound_in, generator=generator))
-        self.b = nn.Parameter(torch.empty(self.width).uniform_(-bound_in, bound_in, generator=generator)) if dense.bias else None
+        self.b = (
+            nn.Parameter(torch.empty(self.width).uniform_(-bound_in, bound_in, generator=generator))
+            if dense.bias
+            else None
+        )
         self.w_out = nn.Parameter(torch.empty(self.width, d_model).uniform_(-bound_out, bound_out, generator=generator))
 
     def forward(self, x: Tensor) -> Tensor:
