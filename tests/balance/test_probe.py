@@ -141,7 +141,7 @@ def test_skew_and_offset_reach_the_usage_table() -> None:
         ({"router": "frozen", "routing": "centred"}, set()),
         ({"router_input": "centred"}, set()),
     ],
-    ids=str,
+    ids=lambda v: str(v) if isinstance(v, dict) else "",
 )
 def test_every_kind_of_layer_is_measured(settings: dict[str, Any], nulls: set[str]) -> None:
     net, probe = model(**settings), Probe()
