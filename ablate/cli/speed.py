@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -55,6 +56,13 @@ def bench_layer(
     plot: Annotated[Path | None, typer.Option(help="Draw the table to this file.")] = None,
     passes: Annotated[str, typer.Option(help="forward, forward_backward, or both.")] = "forward,forward_backward",
     routings: Annotated[str, typer.Option(help="iid, skewed, or both.")] = "iid,skewed",
+    growth: Annotated[
+        bool, typer.Option("--growth", help="Instead: time and memory of a step for depths 6 to 12.")
+    ] = False,
+    scaling: Annotated[bool, typer.Option("--scaling", help="Instead: a step with 1, 2, 4, … threads.")] = False,
+    tune: Annotated[
+        Path | None, typer.Option(help="Instead: measure this machine's table of routes into this file.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """One tree layer beside dense, masked, fastfeedforward and mixture-of-experts layers; correctness comes first."""
@@ -66,8 +74,21 @@ def bench_layer(
 
         if not torch.cuda.is_available():
             raise ConfigError("device is 'cuda': no CUDA or ROCm device is here; use cpu")
+    names = among(shapes.split(","), list(layer.SHAPES), "shapes")
+    if growth or scaling or tune is not None:
+        from ablate.bench import layer_modes
+
+        if device != "cpu":
+            raise ConfigError(f"device is {device!r}: --growth, --scaling and --tune measure the cpu")
+        if growth:
+            layer_modes.growth(threads=threads, as_json=as_json)
+        if scaling:
+            layer_modes.scaling(names, as_json=as_json)
+        if tune is not None:
+            print(json.dumps(layer_modes.tune(tune)._asdict()))
+        return
     layer.run(
-        among(shapes.split(","), list(layer.SHAPES), "shapes"),
+        names,
         device,
         threads=threads,
         as_json=as_json,

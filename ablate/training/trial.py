@@ -21,6 +21,7 @@ from ablate.config import Trial, digest
 from ablate.data.module import TokenData
 from ablate.data.stream import StreamData
 from ablate.data.tokens import Prepared, prepare
+from ablate.kernels import cpu_routes
 from ablate.model.counts import count
 from ablate.training.callbacks import LAST, USAGE_PARTS, Evaluator, Watch, calibration_windows
 from ablate.training.checkpoint import read_checkpoint, save_model
@@ -188,6 +189,7 @@ def _route_table(trial: Trial, device: torch.device) -> str:
     """Name and digest of the table that chose the kernels' routes."""
     if trial.train.backend == "reference" or trial.model.feedforward != "tree":
         return "reference"
-    name = "routes_cpu.json" if device.type == "cpu" else "configs.json"
-    table = json.loads(files("ablate.kernels").joinpath(name).read_text(encoding="utf-8"))
-    return f"{name} {digest(table)}"
+    if device.type == "cpu":
+        return f"{cpu_routes.TABLE} {digest(cpu_routes.routes()._asdict())}"
+    table = json.loads(files("ablate.kernels").joinpath("configs.json").read_text(encoding="utf-8"))
+    return f"configs.json {digest(table)}"
