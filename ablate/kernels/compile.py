@@ -32,6 +32,7 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
 _MODULES = {
     "tile_dots": "tiles",
+    "leaf_dots": "tiles",
     "row_dots": "gather",
     "spread": "spread",
     "spread_rows": "spread",
@@ -40,6 +41,7 @@ _MODULES = {
     "activate": "pointwise",
     "path_grad": "pointwise",
 }
+_FUNCTIONS = {"leaf_dots": "tile_dots", "spread_rows": "spread"}  # where a configuration's name is not the function's
 _FP32 = {"v_ptr", "t_ptr", "c_ptr", "z_ptr", "h_ptr", "dh_ptr", "sum_ptr", "part_ptr", "part_b_ptr"}
 _INT32 = {"code_ptr", "leaf_ptr", "perm_ptr", "seg_ptr"}
 _FLOAT = {"mirror", "gain", "node_mirror", "node_gain", "leaf_mirror", "leaf_gain"}
@@ -90,11 +92,11 @@ def _variants(kernel: str, wide: bool) -> Iterator[tuple[str, dict[str, Any]]]:
                 for height in (6, 5, 4) if wide else (6,):
                     route = {"HEIGHT": height, "LANES": max(16, 1 << height), "ROUTE": True, "THRESHOLDS": True}
                     yield f"route {height} levels{mark}", common | route
+            case "leaf_dots":
+                common = {"SORTED": True, "BIAS": True, "EVEN": even, "INTERPRETED": False}
                 for lanes in (64, 32, 16) if wide else (64,):
-                    yield (
-                        f"leaves {lanes} wide{mark}",
-                        common | {"HEIGHT": 0, "LANES": lanes, "ROUTE": False, "THRESHOLDS": False},
-                    )
+                    leaves = {"HEIGHT": 0, "LANES": lanes, "ROUTE": False, "THRESHOLDS": False}
+                    yield f"leaves {lanes} wide{mark}", common | leaves
             case "row_dots":
                 yield (
                     f"route{mark}",
@@ -132,13 +134,25 @@ def _variants(kernel: str, wide: bool) -> Iterator[tuple[str, dict[str, Any]]]:
 def cases(targets: Sequence[str], *, wide: bool = False) -> list[Case]:
     """Everything to compile, slowest kernels first so that two processes end together."""
     found = []
-    for kernel in ("spread", "tile_dots", "tile_wgrad", "row_dots", "spread_rows", "path_grad", "activate", "fold"):
+    for kernel in (
+        "spread",
+        "tile_dots",
+        "leaf_dots",
+        "tile_wgrad",
+        "row_dots",
+        "spread_rows",
+        "path_grad",
+        "activate",
+        "fold",
+    ):
         for target in targets:
             for dtype in get_args(DType):
                 if kernel in {"activate", "path_grad"} and dtype == "bf16":
                     continue  # these see fp32 alone
                 for config in configs(kernel, dtype):
                     for variant, switches in _variants(kernel, wide):
+                        if not switches.get("EVEN", True) and config.bd <= 16:
+                            continue  # d is padded to a multiple of 16
                         found.append(Case(kernel, variant, dtype, config, target, tuple(switches.items())))
     return found
 
@@ -152,7 +166,7 @@ def build(case: Case) -> Result:
     from triton.compiler import ASTSource  # type: ignore[import-untyped]
 
     module = importlib.import_module(f"ablate.kernels.{_MODULES[case.kernel]}")
-    function = getattr(module, "spread" if case.kernel == "spread_rows" else case.kernel)
+    function = getattr(module, _FUNCTIONS.get(case.kernel, case.kernel))
     switches = dict(case.switches)
     blocks = {"BT": case.config.bt, "BD": case.config.bd, "BLOCK": case.config.bt}
     constants = {n: switches.get(n, blocks.get(n)) for n in function.arg_names if n.isupper()}

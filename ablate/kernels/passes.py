@@ -197,7 +197,7 @@ class Pass:
         routes: bool,
     ) -> None:
         """`tiles.tile_dots` for one piece; with `routes` codes move from the piece's level to the one below it."""
-        c = self.configs["tile_dots"]
+        c = self.configs["tile_dots" if piece.height else "leaf_dots"]
         tiles.tile_dots[(triton.cdiv(self.tokens, c.bt), trees[1] - trees[0], piece.chunks)](
             a, codes, codes if order is None else order.perm, w, w if b is None else b, v if t is None else t, v,
             self.tokens, self.spec.trees, trees[0], self.d, v.shape[2], w.shape[1], self.spec.nodes, self.leaf_base(w),

@@ -17,7 +17,7 @@ from ablate.kernels.spec import TreeSpec
 
 Route = Literal["tiles", "gather", "masked"]
 DType = Literal["bf16", "fp32"]
-KERNELS = ("tile_dots", "row_dots", "spread", "spread_rows", "tile_wgrad", "fold", "activate", "path_grad")
+KERNELS = ("tile_dots", "leaf_dots", "row_dots", "spread", "spread_rows", "tile_wgrad", "fold", "activate", "path_grad")
 ROUTES: tuple[Route, ...] = ("tiles", "gather", "masked")
 
 TILE_LEVELS = 6  # 63 nodes are one 64-wide matrix tile, and their signs one machine word

@@ -112,11 +112,12 @@ def _visits(piece: Piece, tokens: int, bt: int, in_order: bool) -> float:
 def _down(spec: TreeSpec, plan: Plan, tokens: int, d: int, dtype: DType, *, routes: bool) -> list[Step]:
     """The passes that multiply tokens with their path's rows: responses, or the gradients of the units' outputs."""
     item, steps = _ITEM[dtype], []
-    bt, sorted_tiles = configs("tile_dots", dtype)[0].bt, 1
+    sorted_tiles = 1
     for piece in plan.pieces:
         if routes and plan.sorted and piece.tiles > sorted_tiles:
             steps.append(Step("sort", sorts=1))
             sorted_tiles = piece.tiles
+        bt = configs("tile_dots" if piece.height else "leaf_dots", dtype)[0].bt
         visits = spec.trees * _visits(piece, tokens, bt, plan.sorted)
         lanes = piece.lanes * piece.chunks
         steps.append(

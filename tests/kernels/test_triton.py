@@ -56,7 +56,7 @@ def test_every_configuration_compiles_without_spills_and_uses_matrix_units() -> 
         assert r.spills == 0, r
         assert r.shared_bytes <= SHARED_LIMIT[r.target], r
         assert r.tf32_instructions == 0, r
-        products = r.kernel in {"tile_dots", "tile_wgrad", "spread"}
+        products = r.kernel in {"tile_dots", "leaf_dots", "tile_wgrad", "spread"}
         if r.dtype == "bf16":
             assert (r.matrix_instructions > 0) == products, r
 

@@ -1,4 +1,7 @@
-"""The shared contract on each of the three routes; the interpreter takes about a second for a case, so some share."""
+"""The shared contract on the tiles route, and its comparison with the reference on the other routes and in bf16.
+
+The interpreter takes a second or two for a case, so outside the tiles route cases are dealt out.
+"""
 
 from __future__ import annotations
 
@@ -9,34 +12,27 @@ import torch
 
 from ablate.kernels import launch
 from ablate.kernels.plan import Route
-from tests.kernels.contract import CASES, BackendContract
+from tests.kernels.contract import CASES, BackendContract, Case, check
 
 
-class TritonContract(BackendContract):
+class TestTiles(BackendContract):
     backend = "triton"
-    route: Route
 
     @pytest.fixture(autouse=True)
-    def _one_route(self) -> Iterator[None]:
-        with launch.using(route=self.route, always_tile=True):
+    def _tiles(self) -> Iterator[None]:
+        with launch.using(route="tiles", always_tile=True):
             yield
 
 
-class TestTiles(TritonContract):
-    route = "tiles"
-
-
-class TestTilesInBfloat16(TritonContract):
-    route = "tiles"
-    dtypes = (torch.bfloat16,)
-    cases = CASES[::6]
-
-
-class TestGather(TritonContract):
-    route = "gather"
-    cases = CASES[1::4]
-
-
-class TestMasked(TritonContract):
-    route = "masked"
-    cases = CASES[2::4]
+@pytest.mark.parametrize(
+    ("route", "dtype", "case"),
+    [
+        *(pytest.param("gather", torch.float32, c, id=f"gather-{c}") for c in CASES[1::4]),
+        *(pytest.param("masked", torch.float32, c, id=f"masked-{c}") for c in CASES[2::4]),
+        *(pytest.param("tiles", torch.bfloat16, c, id=f"bf16-tiles-{c}") for c in CASES[::6]),
+        *(pytest.param("gather", torch.bfloat16, c, id=f"bf16-gather-{c}") for c in CASES[3::12]),
+    ],
+)
+def test_agrees_with_the_reference(route: Route, dtype: torch.dtype, case: Case) -> None:
+    with launch.using(route=route, always_tile=True):
+        check(case, "triton", dtype)
