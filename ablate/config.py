@@ -94,8 +94,8 @@ class Tree(Section):
     routing: Literal["sign", "centred"] = "sign"
     router_input: Literal["raw", "centred"] = "raw"
     router: Literal["tied", "frozen"] = "tied"
-    node_backward: Literal["own", "flat", "flip"] = "own"
-    """Slope used in the gradients of node w_in and b only; other than own needs train.backend 'reference'."""
+    node_backward: Literal["own", "flat", "flip", "base"] = "own"
+    """Slope in the gradients of node w_in and b only: phi'(z), its mean with phi'(-z), phi'(-z), or f'(z) whatever the mirror."""
     init: Literal["uniform", "zero_bias", "orthogonal", "median_split"] = "uniform"
 
     @model_validator(mode="after")
@@ -200,6 +200,8 @@ class Train(Section):
     eval_tokens: Positive = 65536
     """Held-out tokens of an evaluation, always the same ones."""
     checkpoint_every: Positive = 100
+    motion: bool = False
+    """Record at every evaluation how far router and representation moved each node's response (motion.parquet)."""
     keep_checkpoint: bool = False
     """Keep the final weights (not the optimizer's state)."""
     devices: Positive = 1
@@ -230,8 +232,6 @@ class Trial(Section):
 
     @model_validator(mode="after")
     def _together(self) -> Self:
-        if self.tree.node_backward != "own" and self.train.backend != "reference":
-            raise ValueError(f"tree.node_backward is {self.tree.node_backward!r}: it needs train.backend 'reference'")
         leaves, probe = self.tree.leaves, self.train.eval_tokens
         if self.model.feedforward == "tree" and probe < 64 * leaves:
             raise ValueError(

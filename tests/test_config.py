@@ -25,7 +25,10 @@ GOOD = {"name": "s", "factors": {"tree.mirror": [0, 1]}}
         ({"base": {"train": {"lr": -1}}}, "base.train.lr is -1: input should be greater than 0"),
         ({"base": {"train": {"lr": float("nan")}}}, "base.train.lr is nan: "),
         ({"base": {"train": {"eval_tokens": 100}}}, "train.eval_tokens is 100: depth 6 needs at least 64 x leaves = 4096"),
-        ({"base": {"tree": {"node_backward": "flip"}}}, "tree.node_backward is 'flip': it needs train.backend 'reference'"),
+        (
+            {"base": {"tree": {"node_backward": "flip", "placement": "tree"}}},
+            "node_backward is 'flip': it needs placement 'unit' and node_output on",
+        ),
         ({"base": {"corpus": {"source": "files"}}}, "path is missing: source 'files' needs a directory, file or glob"),
         ({"base": {"corpus": {"source": "web"}}}, "base.corpus.source is 'web': input should be 'stdlib', 'files' or 'hub'"),
         ({"base": {"corpus": {"tokenizer_file": "x"}}}, "tokenizer_file is 'x': it is given with tokenizer 'file', and only then"),

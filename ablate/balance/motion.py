@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -17,30 +18,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ablate.balance.usage import MOTION_SCHEMA
 from ablate.kernels.reference import path_nodes
 from ablate.model.transformer import evaluating
 from ablate.model.tree import TreeFeedForward
 
 GATHER_BUDGET = 1 << 22
 """Floats of gathered router rows held at a time."""
-
-MOTION_SCHEMA: dict[str, pl.DataType] = {
-    "step": pl.Int32(),  # the later evaluation
-    "since": pl.Int32(),  # the earlier one
-    "layer": pl.Int16(),
-    "tree": pl.Int16(),
-    "level": pl.Int8(),
-    "index": pl.Int32(),  # position within the level, left to right
-    "tokens": pl.Int64(),  # probe tokens that reached the node at the earlier evaluation; all means are over these
-    "right": pl.Float64(),  # share of them with z > t at the earlier evaluation
-    "right_after": pl.Float64(),  # and at the later one
-    "sd": pl.Float64(),  # of z - t at the earlier evaluation
-    "change": pl.Float64(),  # mean of z' - z; router + drift
-    "router": pl.Float64(),  # mean of the router's part
-    "drift": pl.Float64(),  # mean of the representation's part
-    "router_rms": pl.Float64(),  # root mean square over tokens
-    "drift_rms": pl.Float64(),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,16 +148,24 @@ class _NodeMeans:
 
 
 class MotionRecorder:
-    """`run_trial(..., watch=recorder)` calls it at every evaluation; `table` holds the split between neighbours."""
+    """Called at every evaluation; compares the model with itself at the one before."""
 
     def __init__(self) -> None:
-        self.table = pl.DataFrame(schema=MOTION_SCHEMA)
         self._last: tuple[int, list[Snapshot]] | None = None
 
-    def __call__(self, step: int, model: nn.Module, batches: Sequence[Tensor]) -> None:
-        """Compare the model with itself at the call before, on the same probe ids [B, T]."""
-        now = snapshots(model, batches)
-        if self._last is not None:
-            since, before = self._last
-            self.table = pl.concat([self.table, motion(before, now, since=since, step=step)])
+    def __call__(self, step: int, model: nn.Module, batches: Sequence[Tensor]) -> pl.DataFrame:
+        """Rows of MOTION_SCHEMA since the call before, none at the first, on the same probe ids [B, T]."""
+        now, last = snapshots(model, batches), self._last
         self._last = step, now
+        return pl.DataFrame(schema=MOTION_SCHEMA) if last is None else motion(last[1], now, since=last[0], step=step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The last evaluation, as plain tensors, for a checkpoint."""
+        if self._last is None:
+            return {}
+        step, layers = self._last
+        return {"step": step, "layers": [vars(snapshot) for snapshot in layers]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        self._last = (state["step"], [Snapshot(**layer) for layer in state["layers"]]) if state else None

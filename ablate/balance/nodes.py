@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ablate.balance import metrics
 from ablate.kernels.activations import phi_slope
-from ablate.kernels.reference import NodeBackward, path_nodes, path_rows
+from ablate.kernels.reference import NodeBackward, node_slope, path_nodes, path_rows
 from ablate.kernels.spec import TreeSpec
 
 GATHER_BUDGET = 1 << 23
@@ -55,15 +55,6 @@ def node_gradients(
             dz = torch.einsum("nkd,nkpd->nkp", inner, w[:, :, : spec.depth])
         parts.append(dz)
     return torch.cat(parts) if parts else gy.new_zeros(0, spec.trees, spec.depth)
-
-
-def node_slope(z: Tensor, spec: TreeSpec, node_backward: NodeBackward = "own") -> Tensor:
-    """phi' of nodes as `node_backward` has it, elementwise."""
-    slope = phi_slope(z, spec.activation, spec.node_mirror, spec.node_gain)
-    if node_backward == "own":
-        return slope
-    mirrored = phi_slope(-z, spec.activation, spec.node_mirror, spec.node_gain)
-    return mirrored if node_backward == "flip" else (slope + mirrored) / 2
 
 
 class NodeSums:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,6 +44,25 @@ TREES_SCHEMA: dict[str, pl.DataType] = {
     "in_norm_alive": pl.Float32(),
 }
 """The tree table: one row per evaluation, layer and tree, from the fixed probe tokens."""
+
+MOTION_SCHEMA: dict[str, pl.DataType] = {
+    "step": pl.Int32(),  # the later evaluation
+    "since": pl.Int32(),  # the earlier one
+    "layer": pl.Int16(),
+    "tree": pl.Int16(),
+    "level": pl.Int8(),
+    "index": pl.Int32(),  # position within the level, left to right
+    "tokens": pl.Int64(),  # probe tokens that reached the node at the earlier evaluation; all means are over these
+    "right": pl.Float64(),  # share of them with z > t at the earlier evaluation
+    "right_after": pl.Float64(),  # and at the later one
+    "sd": pl.Float64(),  # of z - t at the earlier evaluation
+    "change": pl.Float64(),  # mean of z' - z; router + drift
+    "router": pl.Float64(),  # mean of the router's part
+    "drift": pl.Float64(),  # mean of the representation's part
+    "router_rms": pl.Float64(),  # root mean square over tokens
+    "drift_rms": pl.Float64(),
+}
+"""The motion table: a row per evaluation and node that probe tokens reached (balance.motion)."""
 
 
 def rows(
@@ -110,14 +129,24 @@ class UsageParts:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def write(self, step: int, usage: pl.DataFrame, trees: pl.DataFrame, leaves: NDArray[np.int16]) -> None:
-        """Keep one evaluation: rows of both tables and the probe tokens' leaves [layers, K, P]."""
+    def write(
+        self,
+        step: int,
+        usage: pl.DataFrame,
+        trees: pl.DataFrame,
+        leaves: NDArray[np.int16],
+        motion: pl.DataFrame | None = None,
+    ) -> None:
+        """Keep one evaluation: rows of the tables and the probe tokens' leaves [layers, K, P]."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for kind, save in (
-            ("usage.parquet", usage.write_parquet),
-            ("trees.parquet", trees.write_parquet),
-            ("leaves.npy", lambda file: np.save(file, leaves)),
-        ):
+        parts: dict[str, Callable[[Any], object]] = {
+            "usage.parquet": usage.write_parquet,
+            "trees.parquet": trees.write_parquet,
+            "leaves.npy": lambda file: np.save(file, leaves),
+        }
+        if motion is not None:
+            parts["motion.parquet"] = motion.write_parquet
+        for kind, save in parts.items():
             partial = self.folder / f".{step:08d}.{kind}.partial"
             with partial.open("wb") as file:
                 save(file)
@@ -132,6 +161,10 @@ class UsageParts:
         table = self._table(steps, "trees.parquet", TREES_SCHEMA)
         leaves = {step: taken for step in steps if (taken := self.leaves(step)) is not None}
         return with_saturation(table, leaves, width) if leaves else table
+
+    def motion(self, steps: Sequence[int]) -> pl.DataFrame:
+        """The motion table of these evaluations (balance.motion)."""
+        return self._table(steps, "motion.parquet", MOTION_SCHEMA)
 
     def leaves(self, step: int) -> NDArray[np.int16] | None:
         """The probe tokens' leaves at an evaluation; None where it kept none."""

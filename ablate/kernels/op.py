@@ -10,6 +10,7 @@ Every backend module has the same two functions over flat tensors:
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
@@ -50,12 +51,13 @@ def tree_feedforward(
 
     `w_in` [K, M + L·W, d], `b` [K, M + L·W] or None, `w_out` [K, R, d], `thresholds` float [K, M] (0 where None),
     `leaves` int [N, K] to follow instead of routing. Gradients reach x, w_in, b and w_out; the branch decision has none.
-    `node_backward` other than "own" exists in the reference backend only. Raises ValueError on shapes that do not fit.
+    `node_backward` replaces phi' in the gradients of the nodes' rows of w_in and b, and nowhere else (see
+    `reference.node_slope`). Raises ValueError on shapes that do not fit.
     Sources: arXiv 2604.08565, 2311.10770, 2308.14711.
     """
     _check(x, w_in, b, w_out, spec, thresholds, leaves)
-    if node_backward != "own" and backend != "reference":
-        raise ValueError(f"node_backward={node_backward!r} needs backend='reference', got backend={backend!r}")
+    if node_backward != "own" and not (spec.placement == "unit" and spec.node_output):
+        raise ValueError(f"node_backward is {node_backward!r}: it needs placement 'unit' and node_output on")
     flat = x.reshape(-1, x.shape[-1])
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -66,9 +68,15 @@ def tree_feedforward(
         if chosen == "reference":
             y, leaves, responses = reference.forward(flat, w_in, b, w_out, thresholds, leaves, spec, node_backward)
         else:
+            own = node_backward == "own"
+            w, bias = (w_in, b) if own else (w_in.detach(), None if b is None else b.detach())
             y, leaves, responses = _forward_op(
-                flat, w_in, b, w_out, thresholds, leaves, chosen, *(getattr(spec, f) for f in _SPEC_FIELDS)
+                flat, w, bias, w_out, thresholds, leaves, chosen, *(getattr(spec, f) for f in _SPEC_FIELDS)
             )
+            if not own:
+                y = _OtherSlope.apply(  # type: ignore[no-untyped-call]
+                    y, w_in, b, flat, w_out, leaves, responses, spec, chosen, node_backward
+                )
     return TreeOutput(y.reshape(x.shape), leaves, responses)
 
 
@@ -220,6 +228,52 @@ def _backward(ctx: Any, gy: Tensor | None, _leaves: Any, _responses: Any) -> tup
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _OtherSlope(torch.autograd.Function):
+    """y unchanged; adds the gradients of w_in and b with another slope at the nodes, by the backend's own kernels.
+
+    A backward kernel learns phi' from the spec and the recorded responses alone, so other slopes are other arguments.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        w_in: Tensor,
+        b: Tensor | None,
+        x: Tensor,
+        w_out: Tensor,
+        leaves: Tensor,
+        responses: Tensor,
+        spec: TreeSpec,
+        backend: str,
+        node_backward: NodeBackward,
+    ) -> Tensor:
+        ctx.save_for_backward(x, w_in, w_out, leaves, responses, *([] if b is None else [b]))
+        ctx.settings = spec, backend, node_backward
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
+        x, w_in, w_out, leaves, responses, *rest = ctx.saved_tensors
+        b = rest[0] if rest else None
+        spec, backend, node_backward = ctx.settings
+        flipped = responses.clone()
+        flipped[..., : spec.depth].neg_()
+        ways = {
+            "flip": [(spec, flipped)],
+            "flat": [(spec, responses), (spec, flipped)],
+            "base": [(dataclasses.replace(spec, node_mirror=0.0), responses)],
+        }[node_backward]
+        needs = [False, ctx.needs_input_grad[1], b is not None and ctx.needs_input_grad[2], False]
+        gw, gb = torch.zeros_like(w_in), None if b is None else torch.zeros_like(b)
+        for way, z in ways:
+            fields = (getattr(way, f) for f in _SPEC_FIELDS)
+            grads = _backward_op(gy, x, w_in, b, w_out, leaves, z, needs, backend, *fields)
+            gw = gw.add_(grads[1], alpha=1 / len(ways)) if needs[1] else gw
+            gb = gb.add_(grads[2], alpha=1 / len(ways)) if gb is not None and needs[2] else gb
+        return (gy, gw, gb, *(None,) * 7)
 
 
 def _spec(*fields: Any) -> TreeSpec:

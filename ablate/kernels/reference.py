@@ -10,7 +10,23 @@ from torch import Tensor
 from ablate.kernels.activations import phi, phi_slope
 from ablate.kernels.spec import TreeSpec
 
-NodeBackward = Literal["own", "flat", "flip"]
+NodeBackward = Literal["own", "flat", "flip", "base"]
+
+
+def node_slope(z: Tensor, spec: TreeSpec, node_backward: NodeBackward = "own") -> Tensor:
+    """phi' of nodes as `node_backward` has it, elementwise.
+
+    own: phi'(z). flip: phi'(-z). flat: the mean of the two. base: f'(z), the slope without the mirror.
+    """
+    match node_backward:
+        case "own":
+            return phi_slope(z, spec.activation, spec.node_mirror, spec.node_gain)
+        case "flip":
+            return phi_slope(-z, spec.activation, spec.node_mirror, spec.node_gain)
+        case "flat":
+            return (node_slope(z, spec) + node_slope(z, spec, "flip")) / 2
+        case "base":
+            return phi_slope(z, spec.activation, 0.0, spec.node_gain)
 
 
 def walk(z: Tensor, thresholds: Tensor | None, depth: int) -> Tensor:
@@ -91,9 +107,7 @@ def _other_slope(
     h: Tensor, z: Tensor, x: Tensor, w: Tensor, b: Tensor | None, spec: TreeSpec, node_backward: NodeBackward
 ) -> Tensor:
     """The same values as h, but phi'(z) replaced in the gradients of w and b only; x keeps the true slope."""
-    slope = phi_slope(z.detach(), spec.activation, spec.node_mirror, spec.node_gain)
-    mirrored = phi_slope(-z.detach(), spec.activation, spec.node_mirror, spec.node_gain)
-    instead = mirrored if node_backward == "flip" else (slope + mirrored) / 2
+    slope, instead = node_slope(z.detach(), spec), node_slope(z.detach(), spec, node_backward)
     z_input = torch.einsum("nd,kud->nku", x, w.detach())
     z_weight = torch.einsum("nd,kud->nku", x.detach(), w)
     if b is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ PARTIAL = ".partial"
 # Tables that a trial leaves in its folder.
 USAGE = "usage.parquet"
 TREES = "trees.parquet"
+MOTION = "motion.parquet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,18 @@ class Layout:
         """The trial's numbers a tree over training (flips, informativeness, ceiling)."""
         return self.results / f"{trial}.trees.parquet"
 
+    def motion(self, trial: str) -> Path:
+        """How far router and representation moved each node, for trials with train.motion."""
+        return self.results / f"{trial}.motion.parquet"
+
+    def side_tables(self, trial: str) -> dict[str, Path]:
+        """Where the tables beside a trial's record lie, by the name they have in the trial's folder."""
+        return {USAGE: self.usage(trial), TREES: self.trees(trial), MOTION: self.motion(trial)}
+
+    def tables_of(self, trial: str) -> list[Path]:
+        """The tables that lie beside a trial's record."""
+        return [path for path in self.side_tables(trial).values() if path.exists()]
+
     def folder(self, trial: str) -> Path:
         """Checkpoints of a trial that is not done."""
         return self.state / "trials" / trial
@@ -103,7 +116,7 @@ class TrialTracker(Observer, Protocol):
         """Known once the server has been reached."""
         ...
 
-    def finish(self, record: Record, usage_table: Path | None) -> None:
+    def finish(self, record: Record, tables: Sequence[Path]) -> None:
         """The trial ended with a result."""
         ...
 
@@ -144,7 +157,7 @@ def write_atomically(path: Path, text: str) -> None:
 def save_record(layout: Layout, record: Record, folder: Path) -> None:
     """Make a trial done: the tables in its folder first, then its record, each in one step."""
     layout.results.mkdir(parents=True, exist_ok=True)
-    for made, kept in ((USAGE, layout.usage(record.trial)), (TREES, layout.trees(record.trial))):
+    for made, kept in layout.side_tables(record.trial).items():
         if (folder / made).exists():
             partial = kept.with_name(f".{kept.name}.{os.getpid()}{PARTIAL}")
             shutil.copyfile(folder / made, partial)

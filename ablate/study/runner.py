@@ -284,9 +284,8 @@ def _set_aside(layout: Layout, card: dict[str, Any]) -> None:
         if made != (card["data_hash"], card["tokenizer_hash"]):
             old = layout.state / "superseded" / layout.study / made[0]
             old.mkdir(parents=True, exist_ok=True)
-            for path in (layout.usage(name), layout.trees(name), layout.record(name)):
-                if path.exists():
-                    path.replace(old / path.name)
+            for path in (*layout.tables_of(name), layout.record(name)):
+                path.replace(old / path.name)
 
 
 @contextmanager

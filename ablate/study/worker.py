@@ -215,8 +215,7 @@ class _Attempt:
         save_record(self.layout, record, self.folder)
         self.queue.finish(self.claim, record)
         if tracked:
-            table = self.layout.usage(self.hash)
-            tracked.finish(record, table if table.exists() else None)
+            tracked.finish(record, self.layout.tables_of(self.hash))
         if not self.planned.trial.train.keep_checkpoint:
             shutil.rmtree(self.folder, ignore_errors=True)
         self._tell("finished", record=record)

@@ -88,9 +88,8 @@ def _files(layout: Layout, fix: bool) -> Iterator[Finding]:
             if fix:
                 aside = layout.state / "damaged" / layout.study
                 aside.mkdir(parents=True, exist_ok=True)
-                for path in (layout.usage(name), layout.trees(name), layout.record(name)):
-                    if path.exists():
-                        path.replace(aside / path.name)
+                for path in (*layout.tables_of(name), layout.record(name)):
+                    path.replace(aside / path.name)
             yield Finding(layout.study, f"damaged result {name}.json", "move it to state/damaged; it is run again", fix)
     for path in sorted(layout.results.glob("*.parquet")):
         if path.name.partition(".")[0] not in done:
@@ -201,8 +200,7 @@ class _Runs:
         tracker = MlflowTracker(self.uri)
         tracker.experiment, tracker.parent = experiment, parent
         spool = Spool(spool_path(self.layout, record.trial))
-        usage = self.layout.usage(record.trial)
-        for event in tracker.whole(record, self.layout, usage if usage.exists() else None):
+        for event in tracker.whole(record, self.layout, self.layout.tables_of(record.trial)):
             spool.append(event)
         try:
             Sender(self.client, spool).send()

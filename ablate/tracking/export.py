@@ -17,6 +17,7 @@ from ablate.tracking.schema import (
     COST,
     FACTOR,
     HISTORY_SCHEMA,
+    MOTION_TABLE_SCHEMA,
     TREE_MEANS,
     TREES_TABLE_SCHEMA,
     TRIALS_SCHEMA,
@@ -28,7 +29,7 @@ ROW_GROUP = 1_000_000
 
 
 def collect(study: str, root: Path) -> Path:
-    """Write tables/<study>/{trials,history,usage,trees}.parquet from results/<study>/; same results, same bytes.
+    """Write tables/<study>/{trials,history,usage,trees,motion}.parquet from results/<study>/; same results, same bytes.
 
     Rows stand in the plan's order (a search's in the order of its trials' hashes). Results of an earlier plan that are
     no longer part of it are left out.
@@ -61,6 +62,7 @@ def collect(study: str, root: Path) -> Path:
     _write(_frame(history, HISTORY_SCHEMA), layout.tables / "history.parquet")
     _stream(layout, order, layout.usage, USAGE_TABLE_SCHEMA, layout.tables / "usage.parquet")
     _stream(layout, order, layout.trees, TREES_TABLE_SCHEMA, layout.tables / "trees.parquet")
+    _stream(layout, order, layout.motion, MOTION_TABLE_SCHEMA, layout.tables / "motion.parquet")
     return layout.tables
 
 

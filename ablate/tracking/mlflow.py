@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -233,13 +233,13 @@ class MlflowTracker:
             "card": self.card,
         }
 
-    def whole(self, record: Record, layout: Layout, usage_table: Path | None) -> list[Event]:
+    def whole(self, record: Record, layout: Layout, tables: Sequence[Path]) -> list[Event]:
         """A finished trial's events, for one that was never tracked; `experiment` and `parent` are set."""
         planned = PlannedTrial(
             arm=record.arm, kind=record.kind, seed=record.seed, trial=record.config, factors=record.factors
         )
         opening = self._opening(planned, layout)
-        return [opening, *(_metrics(e) for e in record.history), _closing(record, usage_table)]
+        return [opening, *(_metrics(e) for e in record.history), _closing(record, tables)]
 
     def settle(self, layout: Layout, client: MlflowClient) -> None:
         """Send the events that trials of dead processes, or of times without a server, left behind."""
@@ -251,11 +251,10 @@ class MlflowTracker:
                 continue
             if record.exists() and not _ends_with_result(spool):
                 done = load_record(record)
-                usage = layout.usage(path.stem)
                 for evaluation in done.history:
                     if evaluation.step not in spool.steps:
                         spool.append(_metrics(evaluation))
-                spool.append(_closing(done, usage if usage.exists() else None))
+                spool.append(_closing(done, layout.tables_of(path.stem)))
             try:
                 Sender(client, spool).send()
             except MlflowException as error:
@@ -298,9 +297,9 @@ class MlflowTrial:
         """Nothing to note."""
         return False
 
-    def finish(self, record: Record, usage_table: Path | None) -> None:
+    def finish(self, record: Record, tables: Sequence[Path]) -> None:
         """Close the run with the trial's result."""
-        self._append(_closing(record, usage_table), last=True)
+        self._append(_closing(record, tables), last=True)
 
     def abandon(self, status: str, message: str) -> None:
         """Close the run without a result; a later attempt opens it again."""
@@ -311,7 +310,7 @@ class MlflowTrial:
             "status": RUN_STATES[status],
             "tags": tags,
             "metrics": {},
-            "usage": None,
+            "tables": [],
             "step": 0,
         }
         self._append(event, last=True)
@@ -414,8 +413,9 @@ class Sender:
         metrics = [Metric(key, value, event["time"], event["step"]) for key, value in event["metrics"].items()]
         tags = [RunTag(key, value) for key, value in event["tags"].items()]
         self.client.log_batch(self._id, metrics=metrics, tags=tags)
-        if event["usage"] and Path(event["usage"]).exists():
-            self.client.log_artifact(self._id, event["usage"])
+        for table in event["tables"]:
+            if Path(table).exists():
+                self.client.log_artifact(self._id, table)
         self.client.set_terminated(self._id, status=event["status"], end_time=event["time"])
 
     @property
@@ -448,7 +448,7 @@ def _metrics(evaluation: Evaluation) -> Event:
     return {"event": "metrics", "time": _now(), "step": evaluation.step, "values": values}
 
 
-def _closing(record: Record, usage_table: Path | None) -> Event:
+def _closing(record: Record, tables: Sequence[Path]) -> Event:
     origin = record.provenance
     tags = {
         schema.STATUS: record.status,
@@ -477,7 +477,7 @@ def _closing(record: Record, usage_table: Path | None) -> Event:
         "status": RUN_STATES[record.status],
         "tags": {key: value for key, value in tags.items() if value},
         "metrics": metrics,
-        "usage": str(usage_table) if usage_table else None,
+        "tables": [str(table) for table in tables],
     }
 
 

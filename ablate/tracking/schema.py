@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import polars as pl
 
-from ablate.balance.usage import TREES_SCHEMA, USAGE_SCHEMA
+from ablate.balance.usage import MOTION_SCHEMA, TREES_SCHEMA, USAGE_SCHEMA
 
 # Tags of MLflow runs. `mlflow.*` are MLflow's own.
 PARENT_RUN = "mlflow.parentRunId"
@@ -123,3 +123,5 @@ USAGE_TABLE_SCHEMA: dict[str, pl.DataType] = {**_PLACE, **USAGE_SCHEMA}
 """usage.parquet, one row a tree position, evaluation and trial."""
 TREES_TABLE_SCHEMA: dict[str, pl.DataType] = {**_PLACE, **TREES_SCHEMA}
 """trees.parquet, one row a tree, evaluation and trial."""
+MOTION_TABLE_SCHEMA: dict[str, pl.DataType] = {**_PLACE, **MOTION_SCHEMA}
+"""motion.parquet, one row a node that probe tokens reached, evaluation and trial with train.motion."""

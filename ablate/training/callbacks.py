@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +13,31 @@ import polars as pl_frames
 import torch
 from torch import Tensor
 
+from ablate.balance.motion import MotionRecorder
 from ablate.balance.probe import Probe
 from ablate.balance.usage import UsageParts
 from ablate.config import Trial, learning_rate
 from ablate.data.tokens import Prepared
 from ablate.evaluation.bits_per_byte import bits_per_byte
-from ablate.model.transformer import Transformer
 from ablate.training.module import LanguageModel
 from ablate.training.result import Evaluation, Observer, Status
 
 LAST = "last.ckpt"
 USAGE_PARTS = "usage"
 
-Watch = Callable[[int, Transformer, list[Tensor]], None]
-"""Told at every evaluation of a model with trees: the step, the model and the probe tokens, ids [B, T]."""
-
 
 class Evaluator(pl.Callback):
     """Evaluates at step 0, every `eval_every` steps and at the end; keeps the history and the usage of leaves."""
 
-    def __init__(
-        self, trial: Trial, prepared: Prepared, folder: Path, observer: Observer | None, watch: Watch | None = None
-    ) -> None:
-        self.trial, self.folder, self.observer, self.watch = trial, folder, observer, watch
+    def __init__(self, trial: Trial, prepared: Prepared, folder: Path, observer: Observer | None) -> None:
+        self.trial, self.folder, self.observer = trial, folder, observer
         self.token_bytes = torch.from_numpy(np.asarray(prepared.token_bytes, dtype=np.int64))
         self.history: list[Evaluation] = []
         self.status: Status = "finished"
         self.message = ""
         self._probe = Probe()
         self._parts = UsageParts(folder / USAGE_PARTS)
+        self._motion = MotionRecorder() if trial.train.motion else None
         self._training_counts: Tensor | None = None
         self._seconds, self._since, self._step = 0.0, time.perf_counter(), 0
 
@@ -53,6 +48,7 @@ class Evaluator(pl.Callback):
             "history": json.dumps(history),
             "seconds": self._seconds + time.perf_counter() - self._since,
             "training_counts": self._probe.training_counts(),
+            "motion": self._motion.state_dict() if self._motion else {},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -60,6 +56,8 @@ class Evaluator(pl.Callback):
         self.history = [Evaluation.model_validate(e) for e in json.loads(state_dict["history"])]
         self._seconds = state_dict["seconds"]
         self._training_counts = state_dict["training_counts"]
+        if self._motion:
+            self._motion.load_state_dict(state_dict["motion"])
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Evaluate the untrained model, unless this run goes on from a checkpoint."""
@@ -103,6 +101,10 @@ class Evaluator(pl.Callback):
         """The tree table of every evaluation in the history."""
         return self._parts.trees([e.step for e in self.history], self.trial.tree.leaves)
 
+    def motion(self) -> pl_frames.DataFrame:
+        """The motion table of every evaluation in the history."""
+        return self._parts.motion([e.step for e in self.history])
+
     def _evaluate(self, trainer: pl.Trainer, module: LanguageModel, *, lost: bool = False) -> None:
         """One evaluation; `lost` records a diverged model without running it."""
         self._seconds += time.perf_counter() - self._since
@@ -118,9 +120,9 @@ class Evaluator(pl.Callback):
             if module.model.trees():
                 balance = self._probe.summary()
                 if trainer.is_global_zero:
-                    self._parts.write(step, self._probe.rows(step), self._probe.tree_rows(step), self._probe.leaves)
-                if self.watch is not None:
-                    self.watch(step, module.model, self._probe.ids)
+                    probe = self._probe
+                    moved = self._motion(step, module.model, probe.ids) if self._motion else None
+                    self._parts.write(step, probe.rows(step), probe.tree_rows(step), probe.leaves, moved)
         evaluation = Evaluation(
             step=step,
             tokens=step * train.batch_size * self.trial.model.context,

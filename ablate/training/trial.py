@@ -23,13 +23,14 @@ from ablate.data.stream import StreamData
 from ablate.data.tokens import Prepared, prepare
 from ablate.kernels import cpu_routes
 from ablate.model.counts import count
-from ablate.training.callbacks import LAST, USAGE_PARTS, Evaluator, Watch, calibration_windows
+from ablate.training.callbacks import LAST, USAGE_PARTS, Evaluator, calibration_windows
 from ablate.training.checkpoint import read_checkpoint, save_model
 from ablate.training.module import LanguageModel
 from ablate.training.result import Observer, Provenance, TrialResult
 
 USAGE = "usage.parquet"
 TREES = "trees.parquet"
+MOTION = "motion.parquet"
 MODEL = "model.pt"
 EVAL_BATCH_TOKENS = 4096
 
@@ -42,14 +43,12 @@ def run_trial(
     observer: Observer | None = None,
     threads: int | None = None,
     resume: bool = True,
-    watch: Watch | None = None,
 ) -> TrialResult:
-    """Train and evaluate `trial`; usage.parquet and trees.parquet (and model.pt, if kept) are written to `folder`.
+    """Train and evaluate `trial`; usage.parquet and trees.parquet (motion.parquet and model.pt, if asked for) are written to `folder`.
 
     With `resume`, a `last.ckpt` in `folder` is continued: on a CPU with the same threads the result equals that of an
     uninterrupted run bit for bit. Status is finished, diverged, pruned or killed (asked to stop; `last.ckpt` is written).
-    `watch` sees the model at every evaluation. Raises ConfigError before any work where the settings or the corpus
-    cannot be used.
+    Raises ConfigError before any work where the settings or the corpus cannot be used.
     """
     started = time.perf_counter()
     if threads is not None:
@@ -78,7 +77,7 @@ def run_trial(
         data: TokenData = StreamData(prepared, trial.corpus, data_root / ".cache", **batches)
     else:
         data = TokenData(prepared, **batches)
-    evaluator = Evaluator(trial, prepared, folder, observer, watch)
+    evaluator = Evaluator(trial, prepared, folder, observer)
     trainer = _trainer(trial, evaluator, folder)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
@@ -127,7 +126,10 @@ def _trainer(trial: Trial, evaluator: Evaluator, folder: Path) -> pl.Trainer:
 
 
 def _write_usage(evaluator: Evaluator, folder: Path) -> None:
-    for name, table in ((USAGE, evaluator.usage()), (TREES, evaluator.trees())):
+    tables = {USAGE: evaluator.usage(), TREES: evaluator.trees()}
+    if evaluator.trial.train.motion:
+        tables[MOTION] = evaluator.motion()
+    for name, table in tables.items():
         partial = folder / f".{name}.partial"
         table.write_parquet(partial)
         partial.replace(folder / name)

@@ -9,8 +9,8 @@ import torch
 from scipy import stats
 
 from ablate.balance.mechanism import SIDE_SCHEMA, auc, predict, side_rows
-from ablate.balance.motion import MOTION_SCHEMA, MotionRecorder, motion, snapshots, split
-from ablate.balance.usage import rows
+from ablate.balance.motion import MotionRecorder, motion, snapshots, split
+from ablate.balance.usage import MOTION_SCHEMA, rows
 from ablate.config import Trial, parse
 from ablate.kernels.reference import path_nodes
 from ablate.model.transformer import Transformer
@@ -71,17 +71,18 @@ def test_each_cause_alone_is_named() -> None:
 def test_the_recorder_splits_neighbouring_evaluations_node_by_node() -> None:
     net = model()
     recorder = MotionRecorder()
-    recorder(0, net, BATCHES)
-    assert recorder.table.is_empty()
+    assert recorder(0, net, BATCHES).is_empty()
     old = snapshots(net, BATCHES)[1]
     with torch.no_grad():
         net.trees()[1].w_in.add_(0.1)
-    recorder(20, net, BATCHES)
-    recorder(40, net, BATCHES)
-    assert recorder.table["step"].unique().sort().to_list() == [20, 40]
-    assert recorder.table.filter(step=40)["change"].abs().max() == 0
+    resumed = MotionRecorder()
+    resumed.load_state_dict(recorder.state_dict())
+    table = recorder(20, net, BATCHES)
+    assert resumed(20, net, BATCHES).equals(table)
+    assert table["step"].unique().to_list() == [20]
+    assert recorder(40, net, BATCHES)["change"].abs().max() == 0
     new = snapshots(net, BATCHES)[1]
-    row = recorder.table.filter(step=20, since=0, layer=1, tree=1, level=1, index=1).row(0, named=True)
+    row = table.filter(step=20, since=0, layer=1, tree=1, level=1, index=1).row(0, named=True)
     here = (old.leaves[:, 1] >> 2) == 1
     z, later = ((s.x[here] @ s.w[1, 2] + s.shift[1, 2]).numpy() for s in (old, new))
     assert row["tokens"] == here.sum()

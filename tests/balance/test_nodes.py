@@ -29,6 +29,7 @@ def layer(**settings: Any) -> TreeFeedForward:
         {"placement": "sum", "mirror": 1.0, "gain": "unit"},
         {"node_backward": "flat"},
         {"node_backward": "flip"},
+        {"node_backward": "base", "mirror": -1.0},
         {"mirror": -1.0, "placement": "sum"},
     ],
     ids=str,

@@ -12,6 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ablate.kernels import op
 from ablate.kernels.op import choose_backend, tree_feedforward
+from ablate.kernels.reference import NodeBackward
+from ablate.kernels.spec import TreeSpec
 from tests.kernels.contract import CASES, Case, Layer, assert_close, tree
 
 CASE = CASES[0]
@@ -157,10 +159,31 @@ def test_shapes_that_do_not_fit_are_named(name: str, shape: tuple[int, ...]) -> 
         tree_feedforward(spec=CASE.spec, **tensors)
 
 
-def test_node_backward_belongs_to_the_reference() -> None:
-    layer = Layer.of(CASE, torch.float32, "cpu")
-    with pytest.raises(ValueError, match="needs backend='reference'"):
-        tree_feedforward(layer.x, layer.w_in, layer.b, layer.w_out, CASE.spec, node_backward="flip")
+@pytest.mark.parametrize("spec", [CASE.spec, tree(mirror=-1.0, node_mirror=-1.0), tree(mirror=0.4, node_mirror=-0.5)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("node_backward", ["flat", "flip", "base"])
+def test_kernels_change_the_nodes_slopes_as_the_reference_does(
+    node_backward: NodeBackward, bias: bool, spec: TreeSpec
+) -> None:
+    layer = Layer.of(replace(CASE, spec=spec, bias=bias), torch.float64, "cpu")
+    results = []
+    for backend in ("reference", "cpu"):
+        tensors = [t.detach().requires_grad_() for t in (layer.x, layer.w_in, layer.w_out)]
+        b = None if layer.b is None else layer.b.detach().requires_grad_()
+        out = tree_feedforward(
+            tensors[0], tensors[1], b, tensors[2], spec, backend=backend, node_backward=node_backward
+        )
+        wanted = tensors if b is None else [*tensors, b]
+        results.append([out.y, *torch.autograd.grad(out.y, wanted, layer.gy)])
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+def test_another_slope_needs_nodes_with_outputs_of_their_own() -> None:
+    case = replace(CASE, spec=tree(placement="tree"))
+    layer = Layer.of(case, torch.float32, "cpu")
+    with pytest.raises(ValueError, match="node_backward is 'flip': it needs placement 'unit'"):
+        tree_feedforward(layer.x, layer.w_in, layer.b, layer.w_out, case.spec, node_backward="flip")
 
 
 @pytest.mark.parametrize(

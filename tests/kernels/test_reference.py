@@ -167,10 +167,13 @@ def test_the_three_placements_are_one_model_where_phi_is_the_identity() -> None:
             torch.testing.assert_close(grad, results[0][1][name])
 
 
-@pytest.mark.parametrize("node_backward", ["flat", "flip"])
-def test_node_backward_changes_the_gradients_of_node_weights_alone(node_backward: reference.NodeBackward) -> None:
+@pytest.mark.parametrize(("node_backward", "mirror"), [("flat", 0.0), ("flip", 0.0), ("base", -1.0), ("base", 0.5)])
+def test_node_backward_changes_the_gradients_of_node_weights_alone(
+    node_backward: reference.NodeBackward, mirror: float
+) -> None:
     """Against the rule applied by hand: phi'(z) replaced for node rows of w_in and b; values and all else as before."""
-    layer = Layer.of(CASES[0], torch.float64, "cpu")
+    case = replace(CASES[0], spec=replace(CASES[0].spec, mirror=mirror, node_mirror=mirror))
+    layer = Layer.of(case, torch.float64, "cpu")
     assert layer.b is not None
     spec, x = layer.case.spec, layer.x
     own, own_grads = layer.call("reference")
@@ -185,14 +188,14 @@ def test_node_backward_changes_the_gradients_of_node_weights_alone(node_backward
     torch.testing.assert_close(gw_in[:, spec.nodes :], own_grads["w_in"][:, spec.nodes :])
     z = own.responses[..., : spec.depth]
     slope, mirrored = phi_slope(z, "gelu"), phi_slope(-z, "gelu")
+    instead = {"flat": (slope + mirrored) / 2, "flip": mirrored, "base": slope}[node_backward]
     nodes = reference.path_nodes(own.leaves, spec.depth)
     want_w, want_b = torch.zeros_like(layer.w_in), torch.zeros_like(layer.b)
     for n in range(layer.case.tokens):
         for k in range(spec.trees):
             for l in range(spec.depth):
                 row = int(nodes[n, k, l])
-                to = mirrored[n, k, l] if node_backward == "flip" else (slope[n, k, l] + mirrored[n, k, l]) / 2
-                g = to * (layer.gy[n] @ layer.w_out[k, row])
+                g = instead[n, k, l] * (layer.gy[n] @ layer.w_out[k, row])
                 want_w[k, row] += g * x[n]
                 want_b[k, row] += g
     torch.testing.assert_close(gw_in[:, : spec.nodes], want_w[:, : spec.nodes])

@@ -134,7 +134,7 @@ def test_a_resumed_trial_goes_on_in_its_run_without_doubled_metrics(root: Path) 
     again = tracker.open_trial(plan.trials[0], layout)  # from its checkpoint at step 5: step 10 comes a second time
     for step in (10, 15):
         again.evaluated(evaluation(step))
-    again.finish(ended(plan, [0, 5, 10, 15]), None)
+    again.finish(ended(plan, [0, 5, 10, 15]), [])
     settle()
     client, found = runs(uri)
     assert len(found) == 2
