@@ -12,6 +12,7 @@ from ablate.analysis import arms, contrasts, sections
 from ablate.analysis.contrasts import ALPHA, Claim
 from ablate.analysis.factors import analyse_factors
 from ablate.analysis.frames import Tables, canonical, load
+from ablate.analysis.mechanism import mechanism
 from ablate.analysis.verdicts import Comparison, Runs, findings, sentence
 from ablate.config import digest
 
@@ -50,7 +51,8 @@ def compute(tables: Tables) -> dict[str, Any]:
     rng = generator(tables.name)
     frame = arms.outcomes(tables)
     names = arms.labels(tables)
-    runs = Runs.of(frame, ENDPOINTS)
+    endpoints = list(dict.fromkeys([*ENDPOINTS, *(c.endpoint for c in tables.study.contrasts)]))
+    runs = Runs.of(frame, endpoints)
     summaries = arms.summaries(tables)
     gap = assay(tables, runs)
     found: list[dict[str, Any]] = []
@@ -61,7 +63,7 @@ def compute(tables: Tables) -> dict[str, Any]:
             families.append(
                 {"family": family, "adjustment": method, "size": len(comparisons), "what": what, "alpha": ALPHA}
             )
-    finished = Runs.of(frame.filter(frame["status"] == "finished"), ENDPOINTS)
+    finished = Runs.of(frame.filter(frame["status"] == "finished"), endpoints)
     for f in found:
         f["finished_only"] = without_diverged(f, runs, finished)
     margins = {"bpb": tables.study.margin, "n_eff_frac": tables.study.min_effect_n_eff}
@@ -101,6 +103,7 @@ def compute(tables: Tables) -> dict[str, Any]:
         "pareto": sections.front(tables, frame, rng),
         "learning_rates": sections.learning_rates(tables),
         "power": power,
+        "mechanism": mechanism(tables, frame, found),
         "twins": sections.twins(tables, frame, runs),
         "assay": gap,
         "exclusions": arms.exclusions(tables),

@@ -13,7 +13,7 @@ from typing import Any
 
 import polars as pl
 
-from ablate.balance.usage import USAGE_SCHEMA
+from ablate.balance.usage import MOTION_SCHEMA, USAGE_SCHEMA
 from ablate.config import ConfigError, Study, load_study
 
 FACTOR = "factor."
@@ -101,6 +101,8 @@ class Tables:
     usage: pl.LazyFrame | None
     prune: pl.DataFrame | None
     digests: dict[str, str]
+    motion: pl.LazyFrame | None = None
+    """Each node's motion, for studies whose trials record it (train.motion)."""
 
     @cached_property
     def factors(self) -> list[str]:
@@ -139,7 +141,6 @@ def load(name: str, root: Path) -> Tables:
     folder = root / "tables" / name
     trials = _trials(folder / "trials.parquet", name)
     history = _history(folder / "history.parquet", name)
-    usage_path = folder / "usage.parquet"
     plan_path = root / "results" / name / "plan.json"
     digests = {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
@@ -153,7 +154,9 @@ def load(name: str, root: Path) -> Tables:
     }
     prune_path = folder / "prune.parquet"
     prune = _read(prune_path, name, PRUNE) if prune_path.exists() else None
-    return Tables(name, study, _plan(plan_path), trials, history, _usage(usage_path, name), prune, digests)
+    usage = _scan(folder / "usage.parquet", name, {"trial", "arm", "seed", *USAGE_SCHEMA})
+    motion = _scan(folder / "motion.parquet", name, {"trial", "arm", "seed", *MOTION_SCHEMA})
+    return Tables(name, study, _plan(plan_path), trials, history, usage, prune, digests, motion)
 
 
 def _read(path: Path, name: str, required: set[str]) -> pl.DataFrame:
@@ -206,11 +209,11 @@ def _complete(frame: pl.DataFrame, keys: dict[str, pl.DataType], text: Any, numb
     return frame.with_columns(pl.when(pl.col(c).is_finite()).then(pl.col(c)).alias(c) for c in floats)
 
 
-def _usage(path: Path, name: str) -> pl.LazyFrame | None:
+def _scan(path: Path, name: str, required: set[str]) -> pl.LazyFrame | None:
     if not path.exists():
         return None
     scan = pl.scan_parquet(path)
-    _require(set(scan.collect_schema().names()), {"trial", "arm", "seed", *USAGE_SCHEMA}, path, name)
+    _require(set(scan.collect_schema().names()), required, path, name)
     return scan
 
 

@@ -20,7 +20,7 @@ from markupsafe import Markup
 from ablate.analysis.findings import analyse, write
 from ablate.analysis.frames import canonical, load
 from ablate.config import ConfigError
-from ablate.report import balance_views, effect_views, parts, quality_views, run_views, style
+from ablate.report import balance_views, effect_views, mechanism_view, parts, quality_views, run_views, style
 from ablate.report.context import Context
 from ablate.report.parts import View
 
@@ -37,6 +37,7 @@ VIEWS: list[Callable[[Context], View]] = [
     balance_views.levels,
     balance_views.skew,
     balance_views.flips,
+    mechanism_view.mechanism,
     quality_views.prune_test,
     quality_views.losses,
     run_views.power,
