@@ -41,7 +41,7 @@ CHUNK = 32
 
 
 @jit
-def _products(xs, x0, nx, ws, nw, d, out, block):
+def products(xs, x0, nx, ws, nw, d, out, block):
     """out[t·nw + r] = <x_t, w_r> for nx rows at xs[x0:] and nw rows at ws."""
     for t in range(0, nx - nx % 4, 4):
         r = 0
@@ -75,7 +75,7 @@ def _products(xs, x0, nx, ws, nw, d, out, block):
 
 
 @jit
-def _sums(src, s0, count, coef, ci, cs, dst, n, d, add):
+def sums(src, s0, count, coef, ci, cs, dst, n, d, add):
     """y_i (+)= sum_s coef[ci·i + cs·s] · row_s for n rows at dst, `count` rows at src[s0:]."""
     i = 0
     while i + 4 <= n:
@@ -133,7 +133,7 @@ def _same_leaf(leaves, k, order, p, end):
 
 
 @jit
-def _activate(z, count, A, width, acts, slopes, out, part):
+def activate(z, count, A, width, acts, slopes, out, part):
     """out = phi(z), or its slope, for z [count, A] flat; acts[0] is for nodes, acts[1] for the last `width` columns."""
     nodes = A - width
     if nodes == 0 or (acts[0, 0] == acts[1, 0] and acts[0, 1] == acts[1, 1] and acts[0, 2] == acts[1, 2]):
@@ -293,7 +293,7 @@ def down(counter, x, w_in, b, has_bias, thresholds, has_thresholds, leaves, give
                             ws[j] = base + (first + j) * step
                         for s0 in range(0, size, CHUNK):
                             count = min(CHUNK, size - s0)
-                            _products(xs, s0, count, ws, width, d, scores, scratch)
+                            products(xs, s0, count, ws, width, d, scores, scratch)
                             for i in range(count):
                                 t = order[p0 + s0 + i]
                                 for j in range(width):
@@ -339,10 +339,10 @@ def up(counter, z, acts, w_out, leaves, order, y, add, k0, k1, depth, width, blo
                     ys[i] = y.ctypes.data + t * step
                     for u in range(A):
                         taken[i * A + u] = z[t, k, P - A + u]
-                _activate(taken, count, A, width, acts, False, coef, part)
+                activate(taken, count, A, width, acts, False, coef, part)
                 for i in range(p + count, min(p + count + 8, t1)):
                     prefetch(y.ctypes.data + order[k, i] * step, step)
-                _sums(ws, 0, A, coef, A, 1, ys, count, d, add or k > k0)
+                sums(ws, 0, A, coef, A, 1, ys, count, d, add or k > k0)
                 p += count
 
 
@@ -385,12 +385,12 @@ def back(counter, gy, w_out, w_in, z, acts, leaves, order, dz, gx, add, wants_gx
                     prefetch(gy.ctypes.data + order[k, i] * step, step)
                     if wants_gx:
                         prefetch(gx.ctypes.data + order[k, i] * step, step)
-                _products(gs, 0, count, ws, A, d, coef, scratch)
+                products(gs, 0, count, ws, A, d, coef, scratch)
                 for i in range(count):
                     t = order[k, p + i]
                     for u in range(A):
                         taken[i * A + u] = z[t, k, P - A + u]
-                _activate(taken, count, A, width, acts, True, slopes, part)
+                activate(taken, count, A, width, acts, True, slopes, part)
                 for i in range(count):
                     t = order[k, p + i]
                     for u in range(A):
@@ -399,7 +399,7 @@ def back(counter, gy, w_out, w_in, z, acts, leaves, order, dz, gx, add, wants_gx
                         dz[t, k, P - A + u] = g
                 if wants_gx:
                     _path(leaf, depth, width, M, in_base, step, True, ws)
-                    _sums(ws, P - A, A, coef, A, 1, xs, count, d, add or k > k0)
+                    sums(ws, P - A, A, coef, A, 1, xs, count, d, add or k > k0)
                 p += count
 
 
@@ -506,7 +506,7 @@ def gradients(
                     if wants_out:
                         prefetch(gy.ctypes.data + order[k, i] * step, step)
                 if wants_in:
-                    _sums(xs, 0, count, dz_part, 1, A, into[first:], A, d, True)
+                    sums(xs, 0, count, dz_part, 1, A, into[first:], A, d, True)
                     for u in range(A):
                         total = x.dtype.type(0)
                         for i in range(count):
@@ -516,8 +516,8 @@ def gradients(
                         else:
                             partial[k, c, biases[first + u], first + u, 0, d] += total
                 if wants_out:
-                    _activate(taken, count, A, width, acts, False, h_part, part)
-                    _sums(gs, 0, count, h_part, 1, A, outof[first:], A, d, True)
+                    activate(taken, count, A, width, acts, False, h_part, part)
+                    sums(gs, 0, count, h_part, 1, A, outof[first:], A, d, True)
                 p += count
 
 

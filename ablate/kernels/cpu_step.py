@@ -10,21 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numba as nb
 import numpy as np
 import torch
 from torch import Tensor
 
+from ablate.kernels.compiled import jit
 from ablate.kernels.cpu_pointwise import code, phi
 from ablate.kernels.cpu_vector import combine1, dots11
 from ablate.kernels.spec import TreeSpec
 
 _PLACEMENTS = {"unit": 0, "tree": 1, "sum": 2}
 
-_jit = nb.njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
 
-
-@_jit
+@jit
 def step(
     x, w_in, b, has_bias, thresholds, has_thresholds, router_w, router_b, has_router, w_out, y, scratch, depth, width,
     placement, acts,

@@ -14,16 +14,14 @@ columns.
 # mypy: disable-error-code="call-arg, no-untyped-call, no-untyped-def, untyped-decorator, var-annotated"
 from __future__ import annotations
 
-import numba as nb
 import numpy as np
 
-from ablate.kernels.cpu_kernels import CHUNK, _activate, _products, _sums
+from ablate.kernels.compiled import jit
+from ablate.kernels.cpu_kernels import CHUNK, activate, products, sums
 from ablate.kernels.cpu_vector import dots11, dots41, dots81, fetch_add
 
-_jit = nb.njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
 
-
-@_jit
+@jit
 def _by_leaf(leaves, k, t0, t1, first, starts, order):
     """Stable counting sort of tokens t0..t1 by their leaf in tree k: order, and where each of its leaves starts."""
     L = starts.shape[0] - 1
@@ -41,7 +39,7 @@ def _by_leaf(leaves, k, t0, t1, first, starts, order):
     starts[0] = 0
 
 
-@_jit
+@jit
 def _path(leaf, paths, length, nodes, width, base, step, ws):
     """Addresses of a leaf's path: `length` of its nodes, then its units; `nodes` rows stand before the first leaf's."""
     for l in range(length):
@@ -50,7 +48,7 @@ def _path(leaf, paths, length, nodes, width, base, step, ws):
         ws[length + j] = base + (nodes + leaf * width + j) * step
 
 
-@_jit
+@jit
 def down(
     counter, x, w_in, b, has_bias, thresholds, roots, branches, split, leaves, given, z, units, all_nodes, depth, width,
     block,
@@ -144,7 +142,7 @@ def down(
                         ws[j] = base + (first + j) * step
                     for s0 in range(0, size, CHUNK):
                         count = min(CHUNK, size - s0)
-                        _products(xs, s0, count, ws, width, d, scores, scratch)
+                        products(xs, s0, count, ws, width, d, scores, scratch)
                         for i in range(count):
                             t = order[p0 + s0 + i]
                             for j in range(width):
@@ -152,7 +150,7 @@ def down(
                                 z[t, k, depth + j] = scores[i * width + j] + bias
 
 
-@_jit
+@jit
 def up(counter, z, acts, w_out, out_nodes, leaves, y, trees, paths, lengths, k0, k1, depth, width, block):
     """y[n] = sum over trees k0..k1 and the path's units with outputs of phi(z) · w_out. A task is a block of tokens."""
     N, d = y.shape
@@ -191,12 +189,12 @@ def up(counter, z, acts, w_out, out_nodes, leaves, y, trees, paths, lengths, k0,
                             taken[i * A + u] = z[t, k, u]
                         for u in range(width):
                             taken[i * A + length + u] = z[t, k, depth + u]
-                    _activate(taken, count, A, width, acts, False, coef, part)
-                    _sums(ws, 0, A, coef, A, 1, ys, count, d, k > k0)
+                    activate(taken, count, A, width, acts, False, coef, part)
+                    sums(ws, 0, A, coef, A, 1, ys, count, d, k > k0)
                     p += count
 
 
-@_jit
+@jit
 def back(
     counter, gy, w_out, out_nodes, w_in, z, acts, leaves, dz, gx, wants_gx, trees, paths, lengths, nodes, k0, k1, depth,
     width, block,
@@ -237,12 +235,12 @@ def back(
                         gs[i] = gy.ctypes.data + order[p + i] * step
                         xs[i] = gx.ctypes.data + order[p + i] * step
                     _path(leaf, paths, length, out_nodes, width, w_out.ctypes.data, step, ws)
-                    _products(gs, 0, count, ws, A, d, coef, scratch)
+                    products(gs, 0, count, ws, A, d, coef, scratch)
                     for i in range(count):
                         t = order[p + i]
                         for u in range(A):
                             taken[i * A + u] = z[t, k, u if u < length else depth + u - length]
-                    _activate(taken, count, A, width, acts, True, slopes, part)
+                    activate(taken, count, A, width, acts, True, slopes, part)
                     for i in range(count):
                         t = order[p + i]
                         for u in range(A):
@@ -252,11 +250,11 @@ def back(
                             dz[t, k, column] = g
                     if wants_gx:
                         _path(leaf, paths, length, nodes, width, w_in.ctypes.data, step, ws)
-                        _sums(ws, 0, A, coef, A, 1, xs, count, d, True)
+                        sums(ws, 0, A, coef, A, 1, xs, count, d, True)
                     p += count
 
 
-@_jit
+@jit
 def sort(counter, leaves, trees, k0, k1, starts, order):
     """Tokens by leaf in each tree: order [K, N] and starts [leaves + K], a tree's at trees[k] + k. A task is a tree."""
     while True:
@@ -266,7 +264,7 @@ def sort(counter, leaves, trees, k0, k1, starts, order):
         _by_leaf(leaves, k, 0, leaves.shape[0], trees[k], starts[trees[k] + k : trees[k + 1] + k + 1], order[k])
 
 
-@_jit
+@jit
 def gradients(
     counter, x, gy, z, acts, dz, order, starts, tree_of, node_levels, spans, gw_in, gb, gw_out, out_nodes, wants_in,
     wants_out, depth, width,
@@ -314,7 +312,7 @@ def gradients(
                     dz_part[i * rows + j] = dz[t, k, column + j]
                     taken[i * rows + j] = z[t, k, column + j]
             if wants_in:
-                _sums(xs, 0, count, dz_part, 1, rows, into, rows, d, True)
+                sums(xs, 0, count, dz_part, 1, rows, into, rows, d, True)
                 for j in range(rows):
                     total = x.dtype.type(0)
                     for i in range(count):
@@ -322,6 +320,6 @@ def gradients(
                     gb[row + j] += total
             if wants_out:
                 # A node stands as one column without leaf units behind it.
-                _activate(taken, count, rows, 0 if task < nodes else width, acts, False, h_part, part)
-                _sums(gs, 0, count, h_part, 1, rows, outof, rows, d, True)
+                activate(taken, count, rows, 0 if task < nodes else width, acts, False, h_part, part)
+                sums(gs, 0, count, h_part, 1, rows, outof, rows, d, True)
             p += count
