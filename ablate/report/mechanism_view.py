@@ -109,12 +109,14 @@ def _verdict(found: dict[str, Any]) -> str:
 
 
 def _moves(c: Context, pushes: list[dict[str, Any]]) -> list[str]:
-    last = {p["arm"]: p for p in pushes}
+    """A sentence an arm on its last evaluation: where tokens lean, and who moved nodes."""
     out = []
-    for arm, p in last.items():
-        parts = [f"{name} {p[key]['mean']:+.3f}" for key, name in PUSHES.items()]
+    for arm, p in {p["arm"]: p for p in pushes}.items():
+        lean, spread = p["right_excess"]["mean"], p["right_excess"]["interval"]
+        sure = f" (95% interval {spread[0]:+.3f} to {spread[1]:+.3f}, n {p['n']})" if spread else ""
+        moved = ", ".join(f"{name} {p[key]['mean']:+.3f}" for key, name in PUSHES.items())
         out.append(
-            f"{c.labels[arm]}: in the last interval nodes were moved towards their fuller side by {', '.join(parts)} sd."
+            f"{c.labels[arm]}: 2r - 1 is {lean:+.3f} at the end{sure}; towards the fuller side moved {moved} sd."
         )
     return out
 
