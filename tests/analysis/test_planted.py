@@ -32,6 +32,12 @@ def near(rate: float, studies: int) -> Any:
     return pytest.approx(rate, abs=3.25 * np.sqrt(rate * (1 - rate) / studies))
 
 
+def seen(what: str, share: Any) -> Any:
+    """The share, said for those who run the tests with `-s`."""
+    print(f"{what}: {share:.1%}")
+    return share
+
+
 def runs(rng: np.random.Generator, *shape: int, sd: float = 0.01) -> Any:
     """Outcomes [..., seeds]: noise of each run over an effect that runs of one seed share."""
     return rng.normal(0, sd, shape) + rng.normal(0, 2 * sd, (shape[0],) + (1,) * (len(shape) - 2) + (shape[-1],))
@@ -49,9 +55,9 @@ def test_identical_arms_give_no_more_false_positives_than_promised(studies: int,
     rng = np.random.default_rng([1, n])
     y = runs(rng, studies, 11, n)
     judged = judge(y[:, 1:] - y[:, :1], "differs", margin=1e-9)
-    assert judged.supported.any(-1).mean() <= at_most(0.05, studies)
+    assert seen(f"A/A, ten arms, {n} seeds", judged.supported.any(-1).mean()) <= at_most(0.05, studies)
     one = judge((y[:, 1] - y[:, 0])[:, None], "differs", margin=1e-9)
-    assert one.supported.mean() <= at_most(0.05, studies)
+    assert seen(f"A/A, one arm, {n} seeds", one.supported.mean()) <= at_most(0.05, studies)
 
 
 @pytest.mark.parametrize("studies", STUDIES)
@@ -60,12 +66,13 @@ def test_t_intervals_cover_and_hold_the_planted_effect(studies: int, n: int) -> 
     rng = np.random.default_rng([2, n])
     y = runs(rng, studies, 2, n)
     paired = contrasts.paired(y[:, 1] + 0.02 - y[:, 0])
-    assert ((paired.low <= 0.02) & (paired.high >= 0.02)).mean() == near(0.95, studies)
+    covered = ((paired.low <= 0.02) & (paired.high >= 0.02)).mean()
+    assert seen(f"paired t covers, {n} seeds", covered) == near(0.95, studies)
     a, b = rng.normal(0.02, 0.01, (studies, n)), rng.normal(0, 0.01, (studies, n))
     welch = contrasts.welch(a, b)
     # Welch is approximate, and errs to the safe side at n = 3.
     covered = ((welch.low <= 0.02) & (welch.high >= 0.02)).mean()
-    assert covered >= 0.95 - 3.25 * np.sqrt(0.95 * 0.05 / studies)
+    assert seen(f"Welch covers, {n} seeds", covered) >= 0.95 - 3.25 * np.sqrt(0.95 * 0.05 / studies)
 
 
 @pytest.mark.parametrize("studies", STUDIES)
@@ -75,7 +82,8 @@ def test_power_is_what_the_design_predicts(studies: int, n: int) -> None:
     sd = 0.01
     effect = power.detectable(n, paired=True) * sd
     d = rng.normal(-effect, sd, (studies, 1, n))
-    assert judge(d, "lower", margin=1e-9).supported.mean() == near(0.8, studies)
+    power_at = judge(d, "lower", margin=1e-9).supported.mean()
+    assert seen(f"power at the detectable effect, {n} seeds", power_at) == near(0.8, studies)
     assert not judge(d, "higher", margin=1e-9).supported.any()
 
 
@@ -85,11 +93,13 @@ def test_equivalence_is_found_as_often_as_it_can_be_and_not_beyond_the_margin(st
     for sd, predicted in ((0.01, 0.63), (0.02, 0.04)):
         equal = rng.normal(0, sd, (studies, 1, 8))
         # The plan's figures carry two digits.
-        assert judge(equal, "matches").supported.mean() == pytest.approx(
+        found = judge(equal, "matches").supported.mean()
+        assert seen(f"TOST power, sd {sd}", found) == pytest.approx(
             predicted, abs=0.005 + 3.25 * np.sqrt(predicted * (1 - predicted) / studies)
         )
     at_margin = rng.normal(0.01, 0.005, (studies, 1, 8))
-    assert judge(at_margin, "matches").supported.mean() <= at_most(0.05, studies)
+    false = judge(at_margin, "matches").supported.mean()
+    assert seen("TOST at the margin, false positives", false) <= at_most(0.05, studies)
     assert judge(at_margin, "matches").refuted.mean() <= at_most(0.05, studies)
     apart = judge(rng.normal(0.03, 0.005, (studies, 1, 8)), "matches")
     assert apart.refuted.mean() >= 0.99
@@ -113,18 +123,21 @@ def test_factor_analysis_finds_what_was_planted_and_nothing_else(studies: int, n
     fitted = effects.fit(d, noise + 0.7 * a)
     robust = effects.level_effect(d, fitted, "a", 1, 0)
     # HC3 is the fallback where seeds cannot be paired; with few runs a parameter it errs to the safe side.
-    assert ((robust.low <= 0.7) & (robust.high >= 0.7)).mean() >= 0.95 - 3.25 * np.sqrt(0.95 * 0.05 / studies)
+    covered = ((robust.low <= 0.7) & (robust.high >= 0.7)).mean()
+    assert seen(f"main effect, HC3 covers, {n} seeds", covered) >= 0.95 - 3.25 * np.sqrt(0.95 * 0.05 / studies)
     cells = (noise + 0.7 * a).reshape(studies, 2, 6, n)
     e = contrasts.paired((cells[:, 1] - cells[:, 0]).mean(axis=1))
-    assert ((e.low <= 0.7) & (e.high >= 0.7)).mean() == near(0.95, studies)
+    covered = ((e.low <= 0.7) & (e.high >= 0.7)).mean()
+    assert seen(f"main effect, paired t covers, {n} seeds", covered) == near(0.95, studies)
     clean = effects.anova(d, noise)
     adjusted = contrasts.benjamini_hochberg(np.stack([t.p for t in clean], axis=-1))
-    assert (adjusted < 0.05).any(-1).mean() <= at_most(0.05, studies)
+    false = (adjusted < 0.05).any(-1).mean()
+    assert seen(f"factor analysis of noise, any term, {n} seeds", false) <= at_most(0.05, studies)
     assert effects.standing(clean, adjusted, 0.05)[("a",)].mean() <= at_most(0.05, studies)
     planted = effects.anova(d, noise + 4.0 * (a * b))
     adjusted = contrasts.benjamini_hochberg(np.stack([t.p for t in planted], axis=-1))
     stands = effects.standing(planted, adjusted, 0.05)
-    assert stands[("a",)].mean() >= 0.98
+    assert seen(f"interaction found, main effect suppressed, {n} seeds", stands[("a",)].mean()) >= 0.98
     assert stands[("b",)].mean() >= 0.98
     assert stands[("c",)].mean() <= 0.12  # false discoveries among several true ones may be 5% of all found
 
@@ -139,7 +152,8 @@ def test_a_mixture_of_modes_is_never_averaged_and_a_single_mode_always_is(studie
     assert not two_modes(lost, fell)[~mixed].any()
     low, high = power.wilson(fell.sum(-1), 8)
     exact = sum(stats.binom.pmf(k, 8, 0.4) for k in range(9) if power.wilson(k, 8)[0] <= 0.4 <= power.wilson(k, 8)[1])
-    assert ((low <= 0.4) & (high >= 0.4)).mean() == near(float(exact), studies)
+    covered = ((low <= 0.4) & (high >= 0.4)).mean()
+    assert seen("Wilson covers, 8 seeds", covered) == near(float(exact), studies)
     for n in SEEDS:
         cloud = rng.normal(0.5, 0.05, (studies, n))
         assert two_modes(cloud, cloud > 0.5).mean() <= at_most(0.05, studies)
@@ -156,5 +170,4 @@ def test_coverage_of_the_other_intervals_is_what_the_report_says() -> None:
         truth = float(effects.anova(big, loud + 0.7 * aa)[0].omega2[0])
         bounds = [effects.bootstrap_omega2(d, y, rng)[0] for y in noise + 0.7 * a]
         covered = float(np.mean([low <= truth <= high for low, high in bounds]))
-        print(f"partial omega squared, {n} seeds: {covered:.1%} covered")
-        assert least <= covered <= most
+        assert least <= seen(f"partial omega squared covers, {n} seeds", covered) <= most
