@@ -99,7 +99,7 @@ def study_run(
 @app.command()
 @example("collect laptop")
 def collect(name: Name) -> None:
-    """Export a study's results to tables/NAME/{trials,history,usage}.parquet."""
+    """Export a study's results to tables/NAME/{trials,history,usage,trees,prune}.parquet."""
     from ablate.tracking import export
 
     print(export.collect(name, ROOT))
@@ -108,10 +108,11 @@ def collect(name: Name) -> None:
 @app.command()
 @example("analyse laptop")
 def analyse(name: Name) -> None:
-    """Turn a study's tables into findings: reports/NAME/findings.json."""
+    """Turn a study's tables into findings: reports/NAME/findings.json, also logged to the study's MLflow run."""
     from ablate.analysis import findings
 
     print(findings.analyse(name, ROOT))
+    _publish(name, ["findings.json", "metrics.json"])
 
 
 @app.command()
@@ -122,10 +123,21 @@ def report(
         str | None, typer.Option(envvar="ABLATE_MLFLOW_ADDRESS", help="MLflow's address, for links to runs.")
     ] = None,
 ) -> None:
-    """Write a study's report: reports/NAME/index.html, report.md, figures and tables."""
+    """Write a study's report: reports/NAME/index.html, report.md, figures and tables; logged to the study's MLflow run."""
     from ablate.report import build
 
     print(build.build(name, ROOT, address))
+    _publish(name, ["findings.json", "metrics.json", "index.html", "report.md", "figures"])
+
+
+def _publish(name: str, files: list[str]) -> None:
+    """Log what was written to MLflow; it stands on disk whatever comes of that."""
+    from ablate.tracking.publish import publish
+
+    try:
+        publish(name, ROOT, files, tracking=os.environ.get("MLFLOW_TRACKING_URI"))
+    except ConfigError as error:
+        print(f"ablate: not logged to MLflow: {error}", file=sys.stderr)
 
 
 @app.command()

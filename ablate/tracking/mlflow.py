@@ -27,7 +27,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from sqlalchemy.engine import make_url
 
-from ablate.config import ConfigError, Section
+from ablate.config import ConfigError, Section, Study
 from ablate.study.designs import Plan, PlannedTrial
 from ablate.study.records import Layout, Record, load_record
 from ablate.tracking import schema
@@ -156,8 +156,8 @@ class MlflowTracker:
         client = prepare_store(self.uri)
         self.card = card
         try:
-            self.experiment = _experiment(client, plan.study.name, self._artifacts(layout))
-            self.parent = self._parent(client, plan)
+            self.experiment = experiment_of(client, self.uri, layout)
+            self.parent, _ = study_run(client, self.experiment, plan.study, plan.space, plan.notes)
             client.update_run(self.parent, status="RUNNING")
             client.set_tag(self.parent, schema.PLAN_HASH, plan.hash)
             client.log_artifact(self.parent, str(layout.plan))
@@ -187,31 +187,6 @@ class MlflowTracker:
             client.set_terminated(self.parent, status=RUN_STATES[status])
         except MlflowException as error:
             _log.warning("the study's run could not be closed (%s); run the study or `ablate doctor` again", error)
-
-    def _artifacts(self, layout: Layout) -> str | None:
-        """Beside a local database; a server decides itself."""
-        if sqlite_file(self.uri) is None:
-            return None
-        return (layout.state / "artifacts" / layout.study).resolve().as_uri()
-
-    def _parent(self, client: MlflowClient, plan: Plan) -> str:
-        study = plan.study
-        wanted = f"tags.`{schema.ROLE}` = 'study' and tags.`{schema.SPACE}` = '{plan.space}'"
-        assert self.experiment is not None
-        found = client.search_runs([self.experiment], wanted, run_view_type=ViewType.ACTIVE_ONLY, max_results=1)
-        if found:
-            return str(found[0].info.run_id)
-        tags = {
-            schema.ROLE: "study",
-            schema.STUDY: study.name,
-            schema.SPACE: plan.space,
-            schema.DESIGN: study.design,
-            schema.NOTE: "\n\n".join(part for part in (study.title, study.notes, *plan.notes) if part),
-        }
-        run = client.create_run(self.experiment, tags=tags, run_name=study.name)
-        for batch in _batches(_flat(study.model_dump(mode="json"))):
-            client.log_batch(run.info.run_id, params=batch)
-        return str(run.info.run_id)
 
     def _opening(self, planned: PlannedTrial, layout: Layout) -> Event:
         tags = {
@@ -481,10 +456,35 @@ def _closing(record: Record, tables: Sequence[Path]) -> Event:
     }
 
 
-def _experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
-    found: Experiment | None = client.get_experiment_by_name(name)
+def study_run(
+    client: MlflowClient, experiment: str, study: Study, space: str, notes: Sequence[str]
+) -> tuple[str, bool]:
+    """The run of a study and its space, made where there is none; and whether it was made just now."""
+    wanted = f"tags.`{schema.ROLE}` = 'study' and tags.`{schema.SPACE}` = '{space}'"
+    found = client.search_runs([experiment], wanted, run_view_type=ViewType.ACTIVE_ONLY, max_results=1)
+    if found:
+        return str(found[0].info.run_id), False
+    tags = {
+        schema.ROLE: "study",
+        schema.STUDY: study.name,
+        schema.SPACE: space,
+        schema.DESIGN: study.design,
+        schema.NOTE: "\n\n".join(part for part in (study.title, study.notes, *notes) if part),
+    }
+    run = client.create_run(experiment, tags=tags, run_name=study.name)
+    for batch in _batches(_flat(study.model_dump(mode="json"))):
+        client.log_batch(run.info.run_id, params=batch)
+    return str(run.info.run_id), True
+
+
+def experiment_of(client: MlflowClient, uri: str, layout: Layout) -> str:
+    """The experiment of a study, made where there is none and restored where it was deleted."""
+    found: Experiment | None = client.get_experiment_by_name(layout.study)
     if found is None:
-        return str(client.create_experiment(name, artifact_location=artifacts))
+        # Artifacts lie beside a local database; a server decides itself.
+        local = sqlite_file(uri) is not None
+        artifacts = (layout.state / "artifacts" / layout.study).resolve().as_uri() if local else None
+        return str(client.create_experiment(layout.study, artifact_location=artifacts))
     if found.lifecycle_stage != "active":
         client.restore_experiment(found.experiment_id)
     return str(found.experiment_id)

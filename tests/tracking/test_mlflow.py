@@ -23,6 +23,7 @@ from ablate.study.records import Layout, Record, load_record, save_plan, save_re
 from ablate.study.runner import run_study
 from ablate.tracking import schema
 from ablate.tracking.mlflow import MlflowTracker, default_uri, prepare_store, spool_path
+from ablate.tracking.publish import publish
 from ablate.tracking.spool import Spool
 from ablate.training.result import Evaluation
 from tests.study import objective
@@ -74,6 +75,30 @@ def test_a_study_is_a_run_and_its_trials_are_children(root: Path) -> None:
     assert [a.path for a in client.list_artifacts(child.info.run_id)] == [f"{plan.trials[1].hash}.usage.parquet"]
     record = load_record(Layout(root, "cheap").record(plan.trials[1].hash))
     assert record.run_id == child.info.run_id
+
+
+def test_findings_are_logged_once_to_one_run_of_the_study(root: Path) -> None:
+    """Before any run of the study is tracked here, and again after: one run, files replaced."""
+    uri, study = default_uri(root), objective.study(seeds=[0], factors={"tree.mirror": [0]})
+    assert publish("cheap", root, ["findings.json"]) is None  # no plan: the study was not run here
+    (root / "studies").mkdir()
+    (root / "studies" / "cheap.yaml").write_text(study.model_dump_json(exclude_unset=True))
+    save_plan(Layout(root, "cheap"), expand(study))
+    folder = root / "reports" / "cheap"
+    (folder / "figures").mkdir(parents=True)
+    (folder / "figures" / "a.svg").write_text("<svg/>")
+    (folder / "findings.json").write_text("1")
+    run = publish("cheap", root, ["findings.json", "figures", "index.html"])
+    (folder / "findings.json").write_text("2")
+    assert publish("cheap", root, ["findings.json", "figures", "index.html"]) == run
+    assert run_study(study, root, run=objective.descend, tracker=MlflowTracker(uri)).exit_code == 0
+    client, found = runs(uri)
+    [parent] = [r for r in found if r.data.tags[schema.ROLE] == "study"]
+    assert (parent.info.run_id, parent.info.status, parent.data.params["name"]) == (run, "FINISHED", "cheap")
+    assert [a.path for a in client.list_artifacts(run, "report")] == ["report/figures", "report/findings.json"]
+    assert Path(client.download_artifacts(run, "report/findings.json", str(root))).read_text() == "2"
+    with pytest.raises(ConfigError, match="no MLflow answers there"):
+        publish("cheap", root, ["findings.json"], tracking="http://127.0.0.1:9")
 
 
 def evaluation(step: int) -> Evaluation:
