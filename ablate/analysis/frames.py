@@ -76,8 +76,21 @@ TRIAL_NUMBERS = (
     "tokens_per_second",
     "threads",
 )
-HISTORY_NUMBERS = ("step", "tokens", "bpb", "train_loss", "lr", "n_eff_frac", "dead_frac", "bits_lost")
-PRUNE = {"arm", "seed", "method", "removed_frac", "delta_bpb"}
+HISTORY_NUMBERS = (
+    "step",
+    "tokens",
+    "bpb",
+    "train_loss",
+    "lr",
+    "n_eff_frac",
+    "dead_frac",
+    "bits_lost",
+    "flip_rate",
+    "flip_rate_worst",
+    "saturation",
+    "saturation_worst",
+)
+PRUNE = {"arm", "seed", "trial", "run_id", "method", "threshold", "removed_frac", "delta_bpb"}
 STATUSES = {"finished", "diverged", "pruned", "killed"}
 STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
@@ -154,6 +167,8 @@ def load(name: str, root: Path) -> Tables:
     }
     prune_path = folder / "prune.parquet"
     prune = _read(prune_path, name, PRUNE) if prune_path.exists() else None
+    if prune is not None:
+        prune = prune.with_columns(run_id=pl.col("run_id").fill_null(pl.col("trial")))
     usage = _scan(folder / "usage.parquet", name, {"trial", "arm", "seed", *USAGE_SCHEMA})
     motion = _scan(folder / "motion.parquet", name, {"trial", "arm", "seed", *MOTION_SCHEMA})
     return Tables(name, study, _plan(plan_path), trials, history, usage, prune, digests, motion)

@@ -44,7 +44,10 @@ def prune(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Remove unused paths of a trained model for good; report what went, and what it cost beside two controls."""
+    """Remove unused paths of a trained model for good; report what went, and what it cost beside two controls.
+
+    What a study's trial showed on its own corpus is kept beside its result, for `ablate collect` and the report.
+    """
     import torch
 
     from ablate.balance.prune import prune_report, report_table, threshold_share
@@ -52,8 +55,10 @@ def prune(
     from ablate.data.tokens import Prepared
     from ablate.evaluation.bits_per_byte import bits_per_byte
     from ablate.evaluation.evaluate import corpus_of
+    from ablate.study.records import Layout, save_prune
     from ablate.training.checkpoint import load_model, save_model
     from ablate.training.runs import find_checkpoint
+    from ablate.training.trial import MODEL
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -77,7 +82,7 @@ def prune(
     batches = held_out(corpus)
     # Paths are chosen on validation text and judged on test text, where there is enough of it.
     judged = held_out(replace(corpus, validation=corpus.test)) if len(corpus.test) > context else batches
-    lengths = torch.as_tensor(own.token_bytes)
+    lengths = torch.tensor(own.token_bytes)
     pruned, report = prune_report(
         model,
         [b["tokens"][:, :-1] for b in batches],
@@ -87,12 +92,17 @@ def prune(
     path = out or found.with_name("pruned.pt")
     path.parent.mkdir(parents=True, exist_ok=True)
     save_model(path, pruned, trial, tokenizer)
+    # Only a trial's own weights on its own corpus stand beside its result.
+    own_weights = Layout(ROOT, "").folder(trial.hash()) / MODEL
+    kept = save_prune(ROOT, trial.hash(), report) if data is None and found.resolve() == own_weights.resolve() else []
     table = report_table(report)
     if as_json:
-        print(json.dumps({**report.model_dump(mode="json"), "checkpoint": str(path)}))
+        print(
+            json.dumps({**report.model_dump(mode="json"), "checkpoint": str(path), "results": [str(p) for p in kept]})
+        )
     else:
         show(table)
-        print(path)
+        print(*[path, *kept], sep="\n")
 
 
 @app.command()

@@ -408,7 +408,7 @@ def levels(c: Context) -> View:
         ax.set_xlabel("level (0: the root)")
         ax.set_xticks(range(max(c.usage[a].depth for a in shown)))
         ax.set_ylim(bottom=0)
-    legend(figure, c.styles, lines=True, columns=3)
+    legend(figure, c.styles, lines=True, columns=3, controls=False)
     view.figures.append(("levels", "Where entropy is lost, mean over layers and trees of the first seed", figure))
     layout = {
         "xaxis": {"title": {"text": "level (0: the root), end of training"}, "dtick": 1},
@@ -474,7 +474,7 @@ def skew(c: Context) -> View:
     left.set_ylim(0, 1.15 * max(s for _, _, s, _, _ in points))
     few_ticks(right)
     right.set_xlabel("mean router offset")
-    legend(figure, c.styles, columns=3)
+    legend(figure, c.styles, columns=3, controls=False)
     view.figures.append(("skew", "Skew of node gradients at the end of training, an arm a mark", figure))
     view.reading = [
         "Placement is part of the mark: compare `unit` (before the sum) with `tree` and `sum` (after it) at equal asymmetry.",
@@ -495,35 +495,3 @@ def _asymmetry(c: Context, arm: str) -> float | None:
     if s in (1, -1):
         return 0.0
     return ASYMMETRY.get(tree.get("activation", "gelu")) if s == 0 else None
-
-
-def flips(c: Context) -> View:
-    """How many tokens still change their leaf, and agreement with the end beyond chance."""
-    view = View("flips", "Flips and saturation of routing", "Does routing settle, and when?")
-    have = [k for k in ("flip_rate", "saturation") if k in c.tables.history.columns]
-    history = c.tables.history.filter(pl.col("arm").is_in(c.shown) & (pl.col("kind") == "arm"))
-    have = [k for k in have if history[k].count()]
-    if not have:
-        view.missing = (
-            f"No flip_rate or saturation in tables/{c.tables.name}/history.parquet: they need a probe of single tokens during "
-            f"training; {RUN_STUDY.format(name=c.tables.name)}."
-        )
-        return view
-    figure = new(7.2, 4.0)
-    axes = np.atleast_1d(figure.subplots(1, len(have)))
-    names = {
-        "flip_rate": "share of tokens whose leaf changed since the last evaluation",
-        "saturation": "agreement with the last evaluation beyond chance (κ)",
-    }
-    means = history.group_by("arm", "step").agg(pl.col(k).mean() for k in have).sort("arm", "step")
-    view.data["flips"] = means
-    for ax, key in zip(axes, have, strict=True):
-        for arm in c.shown:
-            part, style = means.filter((pl.col("arm") == arm) & pl.col(key).is_not_null()), c.styles.arms[arm]
-            ax.plot(part["step"], part[key], linestyle=DASHES[style.dash], linewidth=1.3, markersize=4, **mark(style))
-        ax.set_title(wrap(names[key], 40))
-        ax.set_xlabel("optimizer step")
-        ax.set_ylim(-0.03, 1.03)
-    legend(figure, c.styles, lines=True, columns=3)
-    view.figures.append(("flips", "Routing over training, means over seeds", figure))
-    return view

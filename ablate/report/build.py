@@ -20,7 +20,17 @@ from markupsafe import Markup
 from ablate.analysis.findings import analyse, write
 from ablate.analysis.frames import canonical, load
 from ablate.config import ConfigError
-from ablate.report import balance_views, effect_views, mechanism_view, parts, quality_views, run_views, style
+from ablate.report import (
+    balance_views,
+    effect_views,
+    mechanism_view,
+    parts,
+    quality_views,
+    routing_views,
+    run_views,
+    style,
+    summary,
+)
 from ablate.report.context import Context
 from ablate.report.parts import View
 
@@ -36,9 +46,9 @@ VIEWS: list[Callable[[Context], View]] = [
     balance_views.trajectories,
     balance_views.levels,
     balance_views.skew,
-    balance_views.flips,
+    routing_views.flips,
     mechanism_view.mechanism,
-    quality_views.prune_test,
+    routing_views.prune_test,
     quality_views.losses,
     run_views.power,
     quality_views.cost,
@@ -48,7 +58,7 @@ VIEWS: list[Callable[[Context], View]] = [
 
 
 def build(name: str, root: Path, address: str | None = None) -> Path:
-    """Write reports/<name>/ (index.html, report.md, figures/, tables/) and return its path.
+    """Write reports/<name>/ (index.html, report.md, figures/, tables/, plots/) and return its path.
 
     Findings are computed first where they are missing or older than the tables. `address` is MLflow's, for links to
     runs.
@@ -68,6 +78,9 @@ def build(name: str, root: Path, address: str | None = None) -> Path:
         _empty(folder / "tables")
         pictures = _figures(views, folder)
     _tables(views, folder)
+    _empty(folder / "plots")
+    for name, frame in summary.frames(context).items():
+        write(folder / "plots" / f"{name}.csv", parts.safe_csv(frame))
     write(folder / "report.md", _markdown(context, views))
     write(folder / "index.html", _page(context, views, pictures))
     return folder

@@ -54,10 +54,11 @@ def plotly_mark(style: ArmStyle, size: int = 9) -> dict[str, Any]:
     return {"symbol": name, "color": style.colour, "size": size, "line": {"width": 1.2 if not style.filled else 0}}
 
 
-def legend(figure: Figure, styles: Styles, *, lines: bool = False, columns: int = 4) -> None:
-    """The arms' marks, under the figure."""
+def legend(figure: Figure, styles: Styles, *, lines: bool = False, columns: int = 4, controls: bool = True) -> None:
+    """The arms' marks, under the figure; without the dense controls where they are not drawn."""
+    dense = [] if controls else [s for arm, s in styles.arms.items() if arm.startswith("dense_")]
     handles = []
-    for name, style in styles.legend:
+    for name, style in (entry for entry in styles.legend if entry[1] not in dense):
         dash: Any = DASHES[style.dash] if lines else "none"
         handles.append(Line2D([], [], label=wrap(name, 34, 2), markersize=6, linestyle=dash, **mark(style)))
     if handles:

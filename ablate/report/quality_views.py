@@ -8,9 +8,9 @@ import numpy as np
 import polars as pl
 
 from ablate.report.context import Context
-from ablate.report.draw import ellipse, few_ticks, legend, mark, plain, plotly_mark, wrap
+from ablate.report.draw import ellipse, few_ticks, legend, mark, plain, plotly_mark
 from ablate.report.parts import Column, Table, View
-from ablate.report.style import COLOURS, DASHES, INK, MARKERS, MUTED, ArmStyle, new
+from ablate.report.style import DASHES, INK, MUTED, ArmStyle, new
 
 SEED_DOTS = 1500  # runs drawn one by one; above that, arm means only
 
@@ -200,8 +200,8 @@ def losses(c: Context) -> View:
         .sort("arm", "step")
     )
     view.data["loss_curves"] = means
-    figure = new(7.6, 4.4)
-    ax, against = figure.subplots(1, 2)
+    figure, difference = new(7.2, 4.4), new(7.2, 4.2)
+    ax, against = figure.subplots(), difference.subplots()
     reference = c.findings["reference"]
     base = means.filter(pl.col("arm") == reference).select("step", base="bpb")
     traces = []
@@ -228,20 +228,21 @@ def losses(c: Context) -> View:
     late = means.filter(pl.col("step") >= 0.4 * pl.col("step").max())
     top = max(float(np.max(late["high"].to_numpy())), float(np.max(last)))
     ax.set_ylim(float(last.min()) - 0.05 * (top - float(last.min())), top)
-    ax.set_xlim(left=float(late["step"].to_numpy().min()) * 0.85)
+    since = float(late["step"].to_numpy().min()) * 0.85
+    ax.set_xlim(left=since)
     ax.set_ylabel("bits per byte on the held-out slice")
     ax.set_xlabel("optimizer step")
-    against.set_xlabel("optimizer step")
-    if reference in arms:
-        against.set_title(wrap(f"minus {c.labels[reference]}", 40))
-    else:
-        against.set_visible(False)
     few_ticks(ax, against)
     legend(figure, c.styles, lines=True, columns=3)
-    caption = "Means over seeds (band: lowest to highest); the steep start is cut off. Right: minus the reference arm"
+    caption = "Means over seeds (band: lowest to highest); the steep start is cut off"
     view.figures.append(("loss_curves", caption, figure))
+    if reference in arms:
+        against.set_xlabel("optimizer step")
+        against.set_ylabel(f"bits per byte, minus {c.labels[reference]}")
+        legend(difference, c.styles, lines=True, columns=3)
+        view.figures.append(("loss_differences", "The same means minus those of the reference arm", difference))
     layout = {
-        "xaxis": {"title": {"text": "optimizer step"}},
+        "xaxis": {"title": {"text": "optimizer step"}, "range": [since, float(late["step"].to_numpy().max())]},
         "yaxis": {"title": {"text": "bits per byte"}, "range": [float(last.min()) - 0.02, top]},
         "height": 520,
     }
@@ -322,55 +323,6 @@ def _rates(c: Context, view: View) -> None:
     right.set_xticks(range(1, max(len(r["best_of_n"]) for r in records) + 1))
     legend(figure, c.styles, lines=True, columns=3)
     view.figures.append(("learning_rates", "Sensitivity to the learning rate, and what tuning effort buys", figure))
-
-
-def prune_test(c: Context) -> View:
-    """What removing units costs: dead subtrees against random units and small weights."""
-    view = View("prune", "Prune test", "Can dead subtrees be removed for nothing, and is that more than chance?")
-    prune = c.tables.prune
-    if prune is None:
-        view.missing = (
-            f"No prune test in tables/{c.tables.name}/: keep final weights (train.keep_checkpoint: true), run "
-            f"`ablate study run studies/{c.tables.name}.yaml`, `ablate prune {c.tables.name}` and `ablate collect {c.tables.name}`."
-        )
-        return view
-    view.data["prune"] = prune.sort("arm", "method", "removed_frac", "seed")
-    means = (
-        prune.group_by("arm", "method", "removed_frac")
-        .agg(pl.col("delta_bpb").mean(), pl.len().alias("n"))
-        .sort("arm", "method", "removed_frac")
-    )
-    figure = new(6.8, 4.0)
-    ax = figure.subplots()
-    ax.axhline(0, color=MUTED, linewidth=0.9)
-    methods = sorted(means["method"].unique().to_list())
-    for k, method in enumerate(methods):
-        for i, arm in enumerate(a for a in c.shown if a in set(means["arm"])):
-            part = means.filter((pl.col("method") == method) & (pl.col("arm") == arm))
-            ax.plot(
-                part["removed_frac"],
-                part["delta_bpb"],
-                marker=MARKERS[k % 8],
-                color=COLOURS[k % 8],
-                linestyle=DASHES[i % 4],
-                linewidth=1.2,
-                markersize=5,
-                label=method if i == 0 else None,
-            )
-    ax.set_xlabel("share of units removed")
-    ax.set_ylabel("change in bits per byte")
-    figure.legend(loc="outside lower center", ncols=4)
-    view.figures.append(("prune", "What removal costs, by method; a line an arm", figure))
-    rows = [{**r, "arm": c.labels.get(r["arm"], r["arm"])} for r in means.iter_rows(named=True)]
-    columns = [
-        Column("arm", "arm"),
-        Column("method", "method"),
-        Column("removed_frac", "units removed", ".1%"),
-        Column("delta_bpb", "change in bpb", "+.4f"),
-        Column("n", "n", "d"),
-    ]
-    view.tables.append(Table("prune_test", "Prune test, means over seeds", columns, rows))
-    return view
 
 
 def cost(c: Context) -> View:

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import polars as pl
 from pydantic import Field, ValidationError
@@ -18,11 +18,15 @@ from ablate.config import ConfigError, Scalar, digest
 from ablate.study.designs import Kind, Plan, PlannedTrial
 from ablate.training.result import Observer, TrialResult
 
+if TYPE_CHECKING:  # it needs torch, which those who only read results do without
+    from ablate.balance.prune import PruneReport
+
 PARTIAL = ".partial"
 # Tables that a trial leaves in its folder.
 USAGE = "usage.parquet"
 TREES = "trees.parquet"
 MOTION = "motion.parquet"
+PRUNE = ".prune-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +38,7 @@ class Layout:
 
     @property
     def results(self) -> Path:
-        """The study stage's persisted output: plan.json, `<trial>.json`, `<trial>.usage.parquet`."""
+        """The study stage's persisted output: plan.json, `<trial>.json`, its tables and what pruning it showed."""
         return self.root / "results" / self.study
 
     @property
@@ -76,6 +80,17 @@ class Layout:
         """The tables that lie beside a trial's record."""
         return [path for path in self.side_tables(trial).values() if path.exists()]
 
+    def prune(self, trial: str, threshold: float) -> Path:
+        """What pruning the trial at a threshold showed (balance.prune.PruneReport)."""
+        return self.results / f"{trial}{PRUNE}{threshold!r}.json"
+
+    def prunes(self) -> dict[str, list[Path]]:
+        """All such files, by trial."""
+        found: dict[str, list[Path]] = {}
+        for path in sorted(self.results.glob(f"*{PRUNE}*.json")):
+            found.setdefault(path.name.partition(PRUNE)[0], []).append(path)
+        return found
+
     def folder(self, trial: str) -> Path:
         """Checkpoints of a trial that is not done."""
         return self.state / "trials" / trial
@@ -85,7 +100,7 @@ class Layout:
         if not self.results.is_dir():
             return set()
         names = (entry.name for entry in os.scandir(self.results))
-        return {name[:-5] for name in names if name.endswith(".json") and name != "plan.json"}
+        return {name[:-5] for name in names if name.endswith(".json") and PRUNE not in name and name != "plan.json"}
 
 
 class Record(TrialResult):
@@ -163,6 +178,15 @@ def save_record(layout: Layout, record: Record, folder: Path) -> None:
             shutil.copyfile(folder / made, partial)
             partial.replace(kept)
     write_atomically(layout.record(record.trial), record.model_dump_json(indent=1) + "\n")
+
+
+def save_prune(root: Path, trial: str, report: PruneReport) -> list[Path]:
+    """Put what pruning a trial showed beside its result in every study that has it; a threshold's earlier one goes."""
+    studies = [p.parent.name for p in sorted((root / "results").glob(f"*/{trial}.json"))]
+    kept = [Layout(root, study).prune(trial, report.threshold) for study in studies]
+    for path in kept:
+        write_atomically(path, report.model_dump_json(indent=1) + "\n")
+    return kept
 
 
 def load_record(path: Path) -> Record:

@@ -25,6 +25,9 @@ from ablate.tracking import schema
 from ablate.tracking.mlflow import MlflowTracker, Sender, default_uri, prepare_store, spool_path, sqlite_file
 from ablate.tracking.spool import Spool
 
+KEPT = {"model.pt", "pruned.pt", "evaluation.json", "items.parquet"}
+"""What lies beside a finished trial's weights for good: training's, `ablate prune`'s and `ablate evaluate`'s."""
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:
@@ -80,7 +83,7 @@ def _files(layout: Layout, fix: bool) -> Iterator[Finding]:
         if fix:
             path.unlink(missing_ok=True)
         yield Finding(layout.study, f"half-written file {path.name}", "delete it", fix)
-    done = layout.done()
+    done, prunes = layout.done(), layout.prunes()
     for name in sorted(done):
         try:
             load_record(layout.record(name))
@@ -88,7 +91,7 @@ def _files(layout: Layout, fix: bool) -> Iterator[Finding]:
             if fix:
                 aside = layout.state / "damaged" / layout.study
                 aside.mkdir(parents=True, exist_ok=True)
-                for path in (*layout.tables_of(name), layout.record(name)):
+                for path in (*layout.tables_of(name), *prunes.get(name, []), layout.record(name)):
                     path.replace(aside / path.name)
             yield Finding(layout.study, f"damaged result {name}.json", "move it to state/damaged; it is run again", fix)
     for path in sorted(layout.results.glob("*.parquet")):
@@ -98,12 +101,16 @@ def _files(layout: Layout, fix: bool) -> Iterator[Finding]:
             yield Finding(
                 layout.study, f"table {path.name} without its result", "delete it; its trial is run again", fix
             )
+    for path in (p for name, found in prunes.items() if name not in done for p in found):
+        if fix:
+            path.unlink(missing_ok=True)
+        yield Finding(layout.study, f"prune result {path.name} without its trial's", "delete it", fix)
 
 
 def _checkpoints(layout: Layout, fix: bool) -> Iterator[Finding]:
     """Checkpoints that nothing will go on from."""
     for name in sorted(layout.done()):
-        left = [p for p in layout.folder(name).glob("*") if p.name != "model.pt"]
+        left = [p for p in layout.folder(name).glob("*") if p.name not in KEPT]
         if left:
             for path in left if fix else []:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -15,24 +16,31 @@ from ablate.study.records import PARTIAL, Layout, Record, load_plan
 from ablate.tracking.schema import (
     BALANCE,
     COST,
+    DEAD,
     FACTOR,
     HISTORY_SCHEMA,
+    MAGNITUDE,
     MOTION_TABLE_SCHEMA,
+    PRUNE_SCHEMA,
+    RANDOM,
+    ROUTING,
     TREE_MEANS,
     TREES_TABLE_SCHEMA,
     TRIALS_SCHEMA,
     USAGE_TABLE_SCHEMA,
 )
 
+_ROUTING = {name + end for name in ROUTING for end in ("", "_worst")}
 REQUIRED = {name for name, field in Record.model_fields.items() if field.is_required()}
+REQUIRED_PRUNE = {"threshold", "units_before", "units_after", "bpb_before", "bpb_after", "controls"}
 ROW_GROUP = 1_000_000
 
 
 def collect(study: str, root: Path) -> Path:
-    """Write tables/<study>/{trials,history,usage,trees,motion}.parquet from results/<study>/; same results, same bytes.
+    """Write tables/<study>/{trials,history,usage,trees,motion,prune}.parquet from results/<study>/; same results, same bytes.
 
     Rows stand in the plan's order (a search's in the order of its trials' hashes). Results of an earlier plan that are
-    no longer part of it are left out.
+    no longer part of it are left out. prune.parquet is there only where a trial was pruned.
 
     Raises:
         ConfigError: there is no plan or no result yet, or a result file is damaged.
@@ -49,6 +57,8 @@ def collect(study: str, root: Path) -> Path:
     keys = list(dict.fromkeys(key for known in order.values() for key in known["factors"]))
     trials: list[dict[str, Any]] = []
     history: list[dict[str, Any]] = []
+    pruned: list[dict[str, Any]] = []
+    prunes = layout.prunes()
     for name, known in order.items():
         record = read(layout.record(name))
         place = {"study": study, "trial": name, **{key: known[key] for key in ("arm", "kind", "seed")}}
@@ -56,24 +66,36 @@ def collect(study: str, root: Path) -> Path:
             place | trial_row(record) | _tuned(plan, known) | {FACTOR + k: known["factors"].get(k) for k in keys}
         )
         history.extend(place | evaluation_row(evaluation) for evaluation in record["history"])
+        pruned.extend(place | {"run_id": record["run_id"]} | row for row in prune_rows(prunes.get(name, [])))
     layout.tables.mkdir(parents=True, exist_ok=True)
     schema = TRIALS_SCHEMA | {FACTOR + key: _dtype(row[FACTOR + key] for row in trials) for key in keys}
     _write(_frame(trials, schema), layout.tables / "trials.parquet")
-    _write(_frame(history, HISTORY_SCHEMA), layout.tables / "history.parquet")
     _stream(layout, order, layout.usage, USAGE_TABLE_SCHEMA, layout.tables / "usage.parquet")
     _stream(layout, order, layout.trees, TREES_TABLE_SCHEMA, layout.tables / "trees.parquet")
     _stream(layout, order, layout.motion, MOTION_TABLE_SCHEMA, layout.tables / "motion.parquet")
+    evaluations = pl.DataFrame(history, {k: t for k, t in HISTORY_SCHEMA.items() if k not in _ROUTING}, strict=False)
+    routing = routing_rows(layout.tables / "trees.parquet")
+    evaluations = evaluations.join(routing, on=["trial", "step"], how="left", maintain_order="left")
+    _write(evaluations.select(list(HISTORY_SCHEMA)), layout.tables / "history.parquet")
+    if pruned:
+        _write(pl.DataFrame(pruned, PRUNE_SCHEMA, strict=False), layout.tables / "prune.parquet")
+    else:
+        (layout.tables / "prune.parquet").unlink(missing_ok=True)
     return layout.tables
 
 
 def read(path: Path) -> dict[str, Any]:
     """One record as plain data (quicker than `load_record`, for thousands); raises ConfigError for a damaged one."""
+    return _read(path, REQUIRED, "run the study again")
+
+
+def _read(path: Path, required: set[str], remedy: str) -> dict[str, Any]:
     try:
         data = from_json(path.read_bytes())
     except ValueError:
         data = None
-    if not isinstance(data, dict) or not data.keys() >= REQUIRED:
-        raise ConfigError(f"result {str(path)!r} is damaged: delete it and run the study again")
+    if not isinstance(data, dict) or not data.keys() >= required:
+        raise ConfigError(f"result {str(path)!r} is damaged: delete it and {remedy}")
     return data
 
 
@@ -119,6 +141,39 @@ def evaluation_row(evaluation: dict[str, Any]) -> dict[str, Any]:
     """An evaluation's columns of HISTORY_SCHEMA."""
     row = {name: evaluation[name] for name in ("step", "tokens", "bpb", "train_loss", "lr")}
     return row | {"train_seconds": evaluation["seconds"]} | {name: evaluation["balance"].get(name) for name in BALANCE}
+
+
+def routing_rows(trees: Path) -> pl.DataFrame:
+    """Mean and worst tree of the ROUTING columns of trees.parquet, one row a trial and evaluation."""
+    rows = pl.scan_parquet(trees).group_by("trial", pl.col("step").cast(pl.Int64))
+    means = [pl.col(name).cast(pl.Float64).mean() for name in ROUTING]
+    worst = [getattr(pl.col(name).cast(pl.Float64), end)().alias(f"{name}_worst") for name, end in ROUTING.items()]
+    return rows.agg(*means, *worst).collect(engine="streaming")
+
+
+def prune_rows(files: Iterable[Path]) -> list[dict[str, Any]]:
+    """What pruning one trial showed, as rows of PRUNE_SCHEMA apart from its place; thresholds ascending."""
+    rows = []
+    reports = [_read(path, REQUIRED_PRUNE, "run `ablate prune` again") for path in files]
+    for report in sorted(reports, key=lambda r: float(r["threshold"])):
+        before, controls = report["bpb_before"], report["controls"]
+        results = {
+            DEAD: (report["units_after"], report["bpb_after"]),
+            RANDOM: (controls["random"]["units"], statistics.fmean(controls["random"]["bpb"])),
+            MAGNITUDE: (controls["smallest_norm"]["units"], statistics.fmean(controls["smallest_norm"]["bpb"])),
+        }
+        rows += [
+            {
+                "method": method,
+                "threshold": report["threshold"],
+                "removed_frac": 1 - units / report["units_before"],
+                "bpb_before": before,
+                "bpb_after": bpb,
+                "delta_bpb": bpb - before,
+            }
+            for method, (units, bpb) in results.items()
+        ]
+    return rows
 
 
 def _order(layout: Layout, plan: dict[str, Any]) -> dict[str, dict[str, Any]]:

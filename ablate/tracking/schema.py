@@ -56,6 +56,9 @@ TREE_MEANS = {
     "router_offset": "router_offset",
 }
 
+# Columns of TREES_SCHEMA that history.parquet has per evaluation, and which end of them is the worst tree.
+ROUTING = {"flip_rate": "max", "saturation": "min"}
+
 FACTOR = "factor."  # prefix of one column (or parameter) a factor
 
 _KEYS = {
@@ -115,6 +118,9 @@ HISTORY_SCHEMA: dict[str, pl.DataType] = {
     "lr": pl.Float64(),
     "train_seconds": pl.Float64(),
     **{name: pl.Float64() for name in BALANCE},
+    # On the fixed probe tokens: share whose leaf changed since the evaluation before (null at the first), and agreement
+    # with the last evaluation beyond chance (κ); null without a tree, and where all tokens sit on one leaf.
+    **{name + end: pl.Float64() for name in ROUTING for end in ("", "_worst")},
 }
 """history.parquet, one row an evaluation."""
 
@@ -125,3 +131,17 @@ TREES_TABLE_SCHEMA: dict[str, pl.DataType] = {**_PLACE, **TREES_SCHEMA}
 """trees.parquet, one row a tree, evaluation and trial."""
 MOTION_TABLE_SCHEMA: dict[str, pl.DataType] = {**_PLACE, **MOTION_SCHEMA}
 """motion.parquet, one row a node that probe tokens reached, evaluation and trial with train.motion."""
+
+# How prune.parquet names what units were removed by: dead leaves, at random, or smallest weight norm first.
+DEAD, RANDOM, MAGNITUDE = "dead", "random", "magnitude"
+PRUNE_SCHEMA: dict[str, pl.DataType] = {
+    **_KEYS,
+    "run_id": pl.String(),
+    "method": pl.String(),
+    "threshold": pl.Float64(),  # share of a tree's tokens at or under which a subtree went; the others remove as many
+    "removed_frac": pl.Float64(),  # of all units
+    "bpb_before": pl.Float64(),  # on one kernel route with bpb_after
+    "bpb_after": pl.Float64(),  # mean over draws where there are several
+    "delta_bpb": pl.Float64(),
+}
+"""prune.parquet, one row a method, threshold and pruned trial; only where `ablate prune` was run."""

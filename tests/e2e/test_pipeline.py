@@ -14,6 +14,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from mlflow.tracking import MlflowClient
 from polars.testing import assert_frame_equal
 
 from tests.browser import chromium
@@ -26,7 +27,7 @@ base:
   corpus: {max_documents: 40, vocab_size: 300}
   model: {d_model: 16, blocks: 1, heads: 2, context: 32}
   tree: {trees: 1, depth: 2, leaf_width: 1}
-  train: {steps: 8, batch_size: 4, eval_every: 4, eval_tokens: 1024, checkpoint_every: 2}
+  train: {steps: 8, batch_size: 4, eval_every: 4, eval_tokens: 1024, checkpoint_every: 2, keep_checkpoint: true}
 factors: {tree.mirror: [0, 1]}
 seeds: [0]
 """
@@ -46,6 +47,7 @@ def make_project(folder: Path, studies: dict[str, str], *, git: bool) -> Path:
     folder.mkdir(parents=True)
     (folder / "ablate").symlink_to(ROOT / "ablate")
     shutil.copy(ROOT / "dvc.yaml", folder)
+    shutil.copytree(ROOT / ".dvc" / "plots", folder / ".dvc" / "plots")
     (folder / "studies").mkdir()
     for name, text in studies.items():
         (folder / "studies" / f"{name}.yaml").write_text(text)
@@ -74,6 +76,15 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def ablate(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["ablate", *arguments], cwd=folder, capture_output=True, text=True, env=ENVIRONMENT, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
 def test_one_command_gives_runs_tables_findings_and_a_report(project: Path) -> None:
     table = trials(project)
     assert table["status"].to_list() == ["finished"] * 2
@@ -92,6 +103,73 @@ def test_nothing_changed_means_nothing_runs(project: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in (project / "results").rglob("*.json")}
     assert "Data and pipelines are up to date." in dvc(project, "repro")
     assert before == {p: p.stat().st_mtime_ns for p in (project / "results").rglob("*.json")}
+
+
+def test_flips_of_a_real_study_are_seen(project: Path) -> None:
+    history = pl.read_parquet(project / "tables/tiny/history.parquet")
+    trees = pl.read_parquet(project / "tables/tiny/trees.parquet")
+    assert history["step"].to_list() == [0, 4, 8] * 2
+    first, later = history.filter(pl.col("step") == 0), history.filter(pl.col("step") > 0)
+    assert first["flip_rate"].null_count() == 2
+    assert later["flip_rate"].is_between(0, 1).all()
+    assert (later["flip_rate"] > 0).any()
+    assert history.filter(pl.col("step") == 8)["saturation"].to_list() == pytest.approx([1, 1])
+    assert (first["saturation"] < 1).all()
+    one = trees.filter((pl.col("trial") == history["trial"][1]) & (pl.col("step") == 4))
+    assert history["flip_rate"][1] == pytest.approx(float(one["flip_rate"].cast(pl.Float64).mean()))  # type: ignore[arg-type]
+    assert history["flip_rate_worst"][1] == pytest.approx(one["flip_rate"].max())
+    settled = pl.read_csv(project / "reports/tiny/tables/settled.csv")
+    assert settled["flip_rate"].null_count() == 0
+    assert (project / "reports/tiny/figures/flips.png").exists()
+
+
+def test_metrics_and_plots_are_dvcs(project: Path) -> None:
+    [metrics] = json.loads(dvc(project, "metrics", "show", "--json")).values()
+    assert metrics["data"]["reports/tiny/metrics.json"]["data"]["trials"] == 2
+    for name, rows in (("bpb", 4), ("balance", 6), ("effects", 0)):
+        chart = json.loads(dvc(project, "plots", "show", "--show-vega", f"reports/tiny/plots/{name}.csv"))
+        assert chart["title"]["text"].startswith("tiny: ")
+        assert len(chart["data"]["values"]) == rows  # one seed makes no comparison
+    said = dvc(project, "plots", "show", "-o", "shown")
+    assert "index.html" in said
+    assert "mirror 1" in (project / "shown" / "index.html").read_text()
+
+
+def test_the_report_is_logged_to_the_studys_run(project: Path) -> None:
+    client = MlflowClient(f"sqlite:///{project / 'state' / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("tiny")
+    assert experiment is not None
+    [run] = client.search_runs([experiment.experiment_id], "tags.`ablate.role` = 'study'")
+    logged = {a.path for a in client.list_artifacts(run.info.run_id, "report")}
+    assert logged == {f"report/{n}" for n in ("findings.json", "metrics.json", "index.html", "report.md", "figures")}
+    page = client.download_artifacts(run.info.run_id, "report/index.html", str(project / "state"))
+    assert Path(page).read_bytes() == (project / "reports/tiny/index.html").read_bytes()
+
+
+def test_pruned_trials_reach_the_report(project: Path) -> None:
+    table = pl.read_parquet(project / "tables/tiny/trials.parquet")
+    assert not (project / "tables/tiny/prune.parquet").exists()
+    for threshold in ("0", "0.4"):
+        ablate(project, "prune", table["trial"][0], "--threshold", threshold, "--tokens", "1024")
+    told = json.loads(ablate(project, "prune", table["run_id"][1], "--threshold", "0.4", "--tokens", "1024", "--json"))
+    assert told["results"] == [f"results/tiny/{table['trial'][1]}.prune-0.4.json"]
+    assert "'collect@tiny'" in dvc(project, "repro")
+    assert_frame_equal(pl.read_parquet(project / "tables/tiny/trials.parquet"), table)
+    pruned = pl.read_parquet(project / "tables/tiny/prune.parquet")
+    assert pruned.select("trial", "threshold", "method").rows() == [
+        (trial, threshold, method)
+        for trial, threshold in ((table["trial"][0], 0.0), (table["trial"][0], 0.4), (table["trial"][1], 0.4))
+        for method in ("dead", "random", "magnitude")
+    ]
+    assert pruned["run_id"].to_list() == [table["run_id"][0]] * 6 + [table["run_id"][1]] * 3
+    cut = pruned.filter((pl.col("method") == "dead") & (pl.col("trial") == table["trial"][1])).row(0, named=True)
+    assert cut["removed_frac"] == 1 - told["units_after"] / told["units_before"]
+    assert (cut["bpb_before"], cut["bpb_after"]) == (told["bpb_before"], told["bpb_after"])
+    assert pruned["delta_bpb"].to_list() == (pruned["bpb_after"] - pruned["bpb_before"]).to_list()
+    report = (project / "reports/tiny/report.md").read_text()
+    assert "figures/prune.png" in report
+    assert table["run_id"][1][:8] in report[report.index("Prune test, means over seeds") :].split("## ")[0]
+    assert "Everything agrees." in ablate(project, "doctor")
 
 
 def test_editing_one_study_runs_that_study_only(project: Path) -> None:

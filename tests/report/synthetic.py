@@ -202,7 +202,9 @@ def _usage(
         "dead_frac": dead.mean((1, 2, 3)).tolist(),
         "bits_lost": lost.mean((1, 2)).tolist(),
         "flip_rate": [None, *np.clip(0.5 * np.exp(-steps[1:] / 90), 0.02, 1).tolist()],
+        "flip_rate_worst": [None, *np.clip(0.6 * np.exp(-steps[1:] / 90), 0.03, 1).tolist()],
         "saturation": np.clip(1 - np.exp(-steps / 80), 0, 1).tolist(),
+        "saturation_worst": np.clip(0.9 - np.exp(-steps / 80), -1, 1).tolist(),
     }
     balance = {
         "n_eff_frac": per_step["n_eff_frac"][-1],

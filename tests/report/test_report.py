@@ -56,6 +56,7 @@ def test_same_tables_give_the_same_bytes(root: Path) -> None:
         "report.md",
         "figures",
         "tables",
+        "plots",
     }
 
 

@@ -89,6 +89,7 @@ def test_tables_have_the_schema_and_the_plans_order(root: Path) -> None:
     assert trials["trial"].to_list() == [t.hash for t in plan.trials]
     history = pl.read_parquet(folder / "history.parquet")
     assert dict(history.schema) == HISTORY_SCHEMA
+    assert history["flip_rate"].null_count() == history.height  # no tree table here; tests/e2e has real ones
     assert history["step"].to_list() == [0, 5, 10] * len(plan.trials)
     table = pl.read_parquet(folder / "usage.parquet")
     assert dict(table.schema) == USAGE_TABLE_SCHEMA
