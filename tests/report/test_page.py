@@ -9,7 +9,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]
 from playwright.sync_api import Browser, Page
 
-from ablate.report.build import build
+from ablate.report.build import VIEWS, build
 from tests.browser import chromium
 from tests.report.synthetic import write_study
 
@@ -59,7 +59,7 @@ def test_no_error_no_request_and_nothing_wider_than_the_window(browser: Browser,
     assert errors == []
     assert requests == [page_path.as_uri()]
     assert page.title() == f"{NAME} · ablate"
-    assert page.locator("section").count() == 16
+    assert page.locator("section").count() == len(VIEWS)
     if size == "no scripts":
         assert page.locator("figure .still svg").first.is_visible()
         assert not page.locator(".widget").first.is_visible()
