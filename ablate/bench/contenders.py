@@ -13,6 +13,7 @@ from torch import Tensor
 from ablate.kernels import reference
 from ablate.kernels.op import tree_feedforward
 from ablate.kernels.spec import TreeSpec
+from ablate.model.moe import top1
 
 log = logging.getLogger(__name__)
 
@@ -168,25 +169,14 @@ def _fastfeedforward(shape: Shape, device: str, dtype: torch.dtype) -> Contender
 
 
 def _mixture(shape: Shape, weight: Callable[..., Tensor]) -> Contender:
-    """A top-1 mixture of experts, each as wide as a tree's active units, as many as hold the tree's units in all.
-
-    Tokens are sorted by expert, each expert's rows are contiguous, and outputs are scaled by the router's probability
-    (Switch, arXiv 2101.03961).
-    """
+    """A top-1 mixture of experts, each as wide as a tree's active units, as many as hold the tree's units in all."""
     d, width, experts = shape.d, shape.active_units, shape.experts
     router = weight(experts, d, scale=d**-0.5)
     w1, b1 = weight(experts, width, d, scale=d**-0.5), weight(experts, width, scale=0.1)
     w2 = weight(experts, width, d, scale=width**-0.5)
-
-    def call(x: Tensor) -> Tensor:
-        gate, chosen = F.linear(x, router).softmax(-1).max(-1)
-        order = chosen.argsort(stable=True)
-        counts = torch.bincount(chosen, minlength=experts).tolist()
-        rows = torch.split(x[order], counts)
-        outs = [F.gelu(F.linear(r, w1[e], b1[e])) @ w2[e] for e, r in enumerate(rows) if len(r)]
-        return torch.empty_like(x).index_copy(0, order, torch.cat(outs)) * gate[:, None]
-
-    return Contender(call=call, parameters=[router, w1, b1, w2], units=width)
+    return Contender(
+        call=lambda x: top1(x, router, w1, b1, w2, F.gelu)[0], parameters=[router, w1, b1, w2], units=width
+    )
 
 
 def assert_correct(shape: Shape, contenders: dict[str, Contender], x: Tensor) -> None:

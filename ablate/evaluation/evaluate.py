@@ -25,12 +25,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ablate.config import ConfigError, Section, Trial
+from ablate.config import ConfigError, Questions, Trial
 from ablate.data.codec import Codec
 from ablate.data.module import TokenData
 from ablate.data.tokens import Prepared, load
 from ablate.evaluation import qa, tasks
 from ablate.evaluation.likelihood import Scorer
+from ablate.evaluation.scores import Evaluated, Quality, Score
 from ablate.model.transformer import Transformer
 
 REPORT = "evaluation.json"
@@ -39,6 +40,9 @@ FEWSHOT_SEED = 1234
 """The harness's default."""
 BOOTSTRAP = 1000
 """Resamples for the harness's metrics that have no closed standard error."""
+_UNKNOWN = (
+    f"task {{}} is not known: {', '.join(tasks.OFFLINE)} or one of lm-eval's (see `lm-eval ls tasks`) is expected"
+)
 
 ITEMS_SCHEMA: dict[str, pl.DataType] = {
     "task": pl.String(),
@@ -50,70 +54,6 @@ ITEMS_SCHEMA: dict[str, pl.DataType] = {
     "value": pl.Float64(),
     "text": pl.String(),  # metric `response`: what the model wrote
 }
-
-
-class Quality(Section):
-    """Bits per byte on the validation part of one corpus."""
-
-    corpus: str
-    """Its source, or the name of its files or data set."""
-    data_hash: str
-    bpb: float
-    error: float
-    """Standard error, from windows as units."""
-    tokens: int
-    bytes: int
-
-
-class Score(Section):
-    """One metric of one task."""
-
-    task: str
-    shots: int
-    metric: str
-    value: float
-    error: float | None
-    """Standard error; None where the harness has none."""
-    items: int
-    documents: int | None
-    """Offline tasks: documents the items come from; the error is clustered by them."""
-    chance: float | None
-    """What guessing gives; in the offline tasks, where it is known."""
-    unigram: float | None
-    """What token frequencies alone give (counted on the training split), in the offline tasks."""
-    over_unigram: float | None
-    over_unigram_error: float | None
-    """Standard error of the paired difference."""
-    truncated: float
-    """Share of the prompts that were cut to the model's context."""
-
-    @property
-    def beats_chance(self) -> bool | None:
-        """More than two standard errors above chance; None where chance is not known."""
-        if self.chance is None or self.error is None:
-            return None
-        return self.value > self.chance + 2 * self.error
-
-
-class Evaluated(Section):
-    """What `ablate evaluate` found."""
-
-    trial: str
-    """Hash of the trial's settings."""
-    tokenizer_hash: str
-    quality: list[Quality]
-    scores: list[Score]
-
-    def metrics(self) -> dict[str, float]:
-        """Flat names for tracking and tables: bpb/<corpus>, qa/<task>/<shots>shot/<metric>, and each with /error."""
-        flat: dict[str, float] = {}
-        named: list[tuple[str, float, float | None]] = [(f"bpb/{q.corpus}", q.bpb, q.error) for q in self.quality]
-        named += [(f"qa/{s.task}/{s.shots}shot/{s.metric}", s.value, s.error) for s in self.scores]
-        for name, value, error in named:
-            flat[name] = value
-            if error is not None:
-                flat[f"{name}/error"] = error
-        return flat
 
 
 def corpus_of(trial: Trial, tokenizer_hash: str, data_root: Path) -> Prepared:
@@ -147,17 +87,28 @@ def evaluate(
     """
     if task_names:
         qa.require_harness()
-    wanted = trial.train.eval_tokens
-    quality = [bits_per_byte_of(model, c, own, wanted) for c in (own, *corpora)]
+    quality = [bits_per_byte_of(model, c, own, trial.train.eval_tokens) for c in (own, *corpora)]
+    asked = Questions(tasks=tuple(task_names), shots=tuple(shots), limit=limit)
+    scores = ask(model, own, asked, folder=folder, tasks_folder=tasks_folder)
+    result = Evaluated(trial=trial.hash(), tokenizer_hash=own.tokenizer_hash, quality=quality, scores=scores)
+    partial = folder / f".{REPORT}.partial"
+    partial.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    partial.replace(folder / REPORT)
+    return result
+
+
+def ask(model: Transformer, own: Prepared, questions: Questions, *, folder: Path, tasks_folder: Path) -> list[Score]:
+    """Every task at every number of shots; writes items.parquet to `folder`. `own` is the model's corpus."""
     scores: list[Score] = []
     rows: list[pl.DataFrame] = []
-    offline = set(task_names) & set(tasks.OFFLINE)
+    limit = questions.limit
+    offline = set(questions.tasks) & set(tasks.OFFLINE)
     written = tasks.write_tasks(own, tasks_folder) if offline else tasks_folder
-    for task in dict.fromkeys(task_names):
+    for task in dict.fromkeys(questions.tasks):
         path = written / f"{task}.yaml" if task in offline else None
         # Token frequencies know no context, so shots change nothing.
         baseline = _harness(_unigram(own, model.context), task, 0, path, limit)[1][task] if path else []
-        for count in dict.fromkeys(shots):
+        for count in dict.fromkeys(questions.shots):
             lm = qa.harness_model(model, own)
             results, samples = _harness(lm, task, count, path, limit)
             scorer: Scorer = lm.scorer
@@ -168,13 +119,24 @@ def evaluate(
                 found, items = _plain_scores(count, results, samples, truncated)
             scores += found
             rows.append(items)
-    result = Evaluated(trial=trial.hash(), tokenizer_hash=own.tokenizer_hash, quality=quality, scores=scores)
     folder.mkdir(parents=True, exist_ok=True)
     pl.concat(rows or [pl.DataFrame(schema=ITEMS_SCHEMA)]).write_parquet(folder / ITEMS)
-    partial = folder / f".{REPORT}.partial"
-    partial.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    partial.replace(folder / REPORT)
-    return result
+    return scores
+
+
+def check_tasks(questions: Questions, own: Prepared, tasks_folder: Path) -> None:
+    """Refuse, before anything is trained, what cannot be asked: raises ConfigError for a missing extra, an unknown task
+    or a corpus with too few held-out documents.
+    """
+    if not questions.tasks:
+        return
+    qa.require_harness()
+    if set(questions.tasks) & set(tasks.OFFLINE):
+        tasks.write_tasks(own, tasks_folder)
+    fetched = [task for task in questions.tasks if task not in tasks.OFFLINE]
+    for task in fetched:
+        if task not in _known_tasks().all_tasks:
+            raise ConfigError(_UNKNOWN.format(repr(task)))
 
 
 # --- bits per byte
@@ -275,10 +237,7 @@ def _harness(
         except OSError as error:
             raise ConfigError(f"task {task!r} cannot be fetched: {str(error).splitlines()[0]}") from None
         except KeyError:
-            raise ConfigError(
-                f"task {task!r} is not known: {', '.join(tasks.OFFLINE)} or one of lm-eval's (see `lm-eval ls tasks`) "
-                "is expected"
-            ) from None
+            raise ConfigError(_UNKNOWN.format(repr(task))) from None
         for one in loaded["tasks"].values():
             if one.get_config("num_fewshot") != 0:  # a task that fixes 0 keeps it, as in the harness
                 one.set_config(key="num_fewshot", value=shots)

@@ -35,6 +35,11 @@ def count(trial: Trial, vocab_size: int) -> Cost:
     elif model.feedforward == "dense":
         units = active_units = dense.width or 4 * d
         total = active = 2 * units * d + units * dense.bias
+    elif model.feedforward == "moe":
+        active_units = trial.moe.width or 4 * d
+        units, routers = trial.moe.experts * active_units, trial.moe.experts * d
+        total = 2 * units * d + units * trial.moe.bias + routers
+        active = 2 * active_units * d + active_units * trial.moe.bias + routers
     norms = d * (2 if model.feedforward != "none" else 1)
     shared = vocab_size * d + d + blocks * (attention + norms)
     weights = blocks * (attention + (active - _biases(trial, active_units))) + vocab_size * d
@@ -53,4 +58,5 @@ def count(trial: Trial, vocab_size: int) -> Cost:
 def _biases(trial: Trial, active_units: int) -> int:
     if trial.model.feedforward == "tree":
         return trial.tree.trees * (trial.tree.depth + trial.tree.leaf_width) * trial.tree.bias
-    return active_units * trial.dense.bias if trial.model.feedforward == "dense" else 0
+    layer = {"dense": trial.dense, "moe": trial.moe}.get(trial.model.feedforward)
+    return active_units * layer.bias if layer else 0

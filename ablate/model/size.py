@@ -193,6 +193,8 @@ def step_memory(
     """
     model = on_meta(trial, vocab_size)
     model.checkpointing = checkpointing
+    for mixture in model.mixtures():
+        mixture.even = True
     if precision == "bf16" and not cast:
         model.bfloat16()
     context, bf16 = trial.model.context, precision == "bf16"

@@ -1,4 +1,4 @@
-"""A decoder-only transformer whose feed-forward is a tree, dense, or absent.
+"""A decoder-only transformer whose feed-forward is a tree, dense, a mixture of experts, or absent.
 
 Shapes: B sequences, T tokens each, d model width, H heads of width d / H, V vocabulary.
 """
@@ -17,6 +17,7 @@ from ablate.config import Trial
 from ablate.kernels.op import Backend
 from ablate.model.decode import STEP_TOKENS, Cache, tree_step
 from ablate.model.dense import DenseFeedForward
+from ablate.model.moe import MixtureFeedForward
 from ablate.model.tree import TreeFeedForward
 
 ROPE_BASE = 10000.0
@@ -76,6 +77,8 @@ class Block(nn.Module):
             self.feedforward = TreeFeedForward(model.d_model, trial.tree, backend=backend, generator=_child(generator))
         elif model.feedforward == "dense":
             self.feedforward = DenseFeedForward(model.d_model, trial.dense, generator=_child(generator))
+        elif model.feedforward == "moe":
+            self.feedforward = MixtureFeedForward(model.d_model, trial.moe, generator=_child(generator))
 
     def forward(self, x: Tensor, cache: Cache | None = None, layer: int = 0) -> Tensor:
         """[B, T, d] of x [B, T, d]; `layer` is this block's place in the cache."""
@@ -144,6 +147,10 @@ class Transformer(nn.Module):
     def trees(self) -> list[TreeFeedForward]:
         """The tree layers, first block first."""
         return [m for m in self.modules() if isinstance(m, TreeFeedForward)]
+
+    def mixtures(self) -> list[MixtureFeedForward]:
+        """The mixtures of experts, first block first."""
+        return [m for m in self.modules() if isinstance(m, MixtureFeedForward)]
 
     @torch.no_grad()
     def calibrate(self, tokens: Tensor) -> None:

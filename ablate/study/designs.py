@@ -7,10 +7,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ablate.config import ConfigError, Factor, Scalar, Study, Tree, Trial, digest
+from ablate.config import ConfigError, Dense, Factor, Questions, Scalar, Study, Tree, Trial, digest
 from ablate.study.fractions import Fraction, fraction_of
 
 Kind = Literal["arm", "control", "tune", "search"]
+Activation = tuple[str, float, str]
+"""activation, mirror and gain."""
+
+# Weight of the mixture's load loss, as in Switch (arXiv 2101.03961).
+MOE_LOAD_LOSS = 0.01
+# Beside bpb and the balance of a trial's end, what a contrast may name; scores of questions come on top.
+ENDPOINTS = ("bpb", "n_eff_frac", "dead_frac", "bits_lost")
 
 # A matched size is rounded to whole units; further off than this, the arms would not be a matched comparison.
 MATCH_TOLERANCE = 0.10
@@ -90,6 +97,7 @@ def expand(study: Study, learning_rates: Mapping[str, float] | None = None) -> P
     base = study.trial({})
     fraction = fraction_of(study) if study.fraction else None
     arms = () if study.design == "search" else tuple(_distinct(study, _arms(study, base, fraction)))
+    _check_contrasts(study, base, arms)
     keys = factor_keys(study)
     trials: list[PlannedTrial] = []
     waiting = 0
@@ -133,7 +141,7 @@ def factor_values(trial: Trial, keys: Iterable[str]) -> dict[str, Scalar]:
     values: dict[str, Scalar] = {}
     for key in keys:
         section, _, field = key.partition(".")
-        absent = section in {"tree", "dense"} and trial.model.feedforward != section
+        absent = section in {"tree", "dense", "moe"} and trial.model.feedforward != section
         values[key] = None if absent else getattr(getattr(trial, section), field)
     return values
 
@@ -215,19 +223,19 @@ def ordered_factors(study: Study) -> list[tuple[str, Factor]]:
     return [(key, study.factors[key]) for key in _ordered(study.factors)]
 
 
-def _arms(study: Study, base: Trial, fraction: Fraction | None) -> Iterable[Arm]:
+def _arms(study: Study, base: Trial, fraction: Fraction | None) -> list[Arm]:
+    arms: list[Arm] = []
     if study.design == "factorial":
         for changes in fraction.runs() if fraction else _grid(study):
-            yield _matched(study, Arm(label=label_of(study, changes), kind="arm", changes=changes))
+            arms.append(_matched(study, Arm(label=label_of(study, changes), kind="arm", changes=changes)))
     if study.design in {"one_at_a_time", "confirm"}:
-        yield Arm(label="reference", kind="arm", changes={})
+        arms.append(Arm(label="reference", kind="arm", changes={}))
     if study.design == "one_at_a_time":
         for changes in _one_at_a_time(study, base):
-            yield _matched(study, Arm(label=label_of(study, changes), kind="arm", changes=changes))
+            arms.append(_matched(study, Arm(label=label_of(study, changes), kind="arm", changes=changes)))
     for name, changes in study.arms.items():
-        yield _matched(study, Arm(label=name, kind="arm", changes=changes))
-    for control in study.controls:
-        yield _control(control, base.tree)
+        arms.append(_matched(study, Arm(label=name, kind="arm", changes=changes)))
+    return arms + _controls(study, base, [_trial(study, arm) for arm in arms])
 
 
 def _grid(study: Study) -> list[dict[str, Scalar]]:
@@ -250,17 +258,76 @@ def _one_at_a_time(study: Study, base: Trial) -> Iterable[dict[str, Scalar]]:
                 yield {**needed, key: level}
 
 
-def _control(control: Literal["total", "active", "none"], tree: Tree) -> Arm:
-    label = f"dense_{control}"
-    if control == "none":
-        return Arm(label=label, kind="control", changes={"model.feedforward": "none"})
-    units = tree.total_units if control == "total" else tree.active_units
-    return Arm(
-        label=label,
-        kind="control",
-        changes={"model.feedforward": "dense", "dense.width": units},
-        derived=f"dense.width = {units}, the {control} units of the base's tree",
+def _controls(study: Study, base: Trial, arms: Iterable[Trial]) -> list[Arm]:
+    """Controls of the base's tree: dense ones in the dense section's activation first, then in each that arms have."""
+    own = dict.fromkeys(_activation(arm.tree) for arm in arms if arm.model.feedforward == "tree")
+    plain = _activation(base.dense)
+    found = []
+    for control in study.controls:
+        if control == "none":
+            found.append(Arm(label="dense_none", kind="control", changes={"model.feedforward": "none"}))
+        elif control == "moe":
+            found.append(_mixture(base))
+        else:
+            found += [_dense(control, base, plain, other) for other in dict.fromkeys([plain, *own])]
+    return found
+
+
+def _activation(layer: Tree | Dense) -> Activation:
+    return layer.activation, float(layer.mirror), layer.gain
+
+
+def _dense(control: str, base: Trial, plain: Activation, activation: Activation) -> Arm:
+    units = base.tree.total_units if control == "total" else base.tree.active_units
+    pairs: list[tuple[str, Scalar, Scalar]] = list(
+        zip(("activation", "mirror", "gain"), activation, plain, strict=True)
     )
+    own = {field: value for field, value, other in pairs if value != other}
+    return Arm(
+        label=" ".join([f"dense_{control}", *(f"{field}={_text(value)}" for field, value in own.items())]),
+        kind="control",
+        changes={
+            "model.feedforward": "dense",
+            "dense.width": units,
+            **{f"dense.{field}": value for field, value in own.items()},
+        },
+        derived=f"dense.width = {units}, the {control} units of the base's tree"
+        + (", in an arm's activation" if own else ""),
+    )
+
+
+def _mixture(base: Trial) -> Arm:
+    """As many experts as the tree's units make, each as wide as what a token activates of it."""
+    tree, (activation, mirror, gain) = base.tree, _activation(base.dense)
+    experts = max(2, tree.total_units // tree.active_units)
+    return Arm(
+        label="moe",
+        kind="control",
+        changes={
+            "model.feedforward": "moe",
+            "moe.experts": experts,
+            "moe.width": tree.active_units,
+            "moe.activation": activation,
+            "moe.mirror": mirror,
+            "moe.gain": gain,
+            "train.load_loss": MOE_LOAD_LOSS,
+        },
+        derived=f"{experts} experts of {tree.active_units} units, the active units of the base's tree; an outside "
+        f"reference with an auxiliary loss (train.load_loss {MOE_LOAD_LOSS:g})",
+    )
+
+
+def _check_contrasts(study: Study, base: Trial, arms: Iterable[Arm]) -> None:
+    """Contrasts name arms that exist, and what will be measured. Raises ConfigError."""
+    labels = [arm.label for arm in arms]
+    asked = [f"qa/{task}/{shots}shot/" for task in base.questions.tasks for shots in base.questions.shots]
+    for contrast in study.contrasts:
+        for arm in (contrast.arm, contrast.reference):
+            if arm not in labels:
+                raise ConfigError(f"contrasts: {arm!r} is not one of the arms {', '.join(labels)}")
+        if contrast.endpoint not in ENDPOINTS and not contrast.endpoint.startswith(tuple(asked)):
+            known = ", ".join([*ENDPOINTS, *(f"{name}acc" for name in asked)])
+            raise ConfigError(f"contrasts: endpoint {contrast.endpoint!r} is not measured; this study has {known}")
 
 
 def _matched(study: Study, arm: Arm) -> Arm:
@@ -316,6 +383,8 @@ def _planned(
     study: Study, arm: Arm, seed: int, keys: list[str], kind: Kind, more: Mapping[str, Scalar] | None = None
 ) -> PlannedTrial:
     trial = _trial(study, arm, seed, more)
+    if kind == "tune":
+        trial = trial.model_copy(update={"questions": Questions()})  # only bpb chooses a rate
     return PlannedTrial(arm=arm.label, kind=kind, seed=seed, trial=trial, factors=factor_values(trial, keys))
 
 

@@ -27,6 +27,8 @@ class LanguageModel(pl.LightningModule):
         self.model = Transformer(trial, vocab_size)
         for tree in self.model.trees():
             tree.region_leak, tree.load_loss = trial.train.region_leak, trial.train.load_loss > 0
+        for mixture in self.model.mixtures():
+            mixture.load_loss = trial.train.load_loss > 0
         # Sum of training losses and their number since the last evaluation.
         self.register_buffer("loss_sum", torch.zeros(2, dtype=torch.float64))
         self.register_buffer("finite", torch.ones((), dtype=torch.bool), persistent=False)
@@ -39,7 +41,8 @@ class LanguageModel(pl.LightningModule):
         with torch.no_grad():
             self.loss_sum += torch.stack([loss.double(), torch.ones_like(loss, dtype=torch.float64)])
             self.finite &= torch.isfinite(loss)
-        losses = [t.last_load_loss for t in self.model.trees() if t.last_load_loss is not None]
+        found = [t.last_load_loss for t in self.model.trees()] + [m.last_load_loss for m in self.model.mixtures()]
+        losses = [load_loss for load_loss in found if load_loss is not None]
         return loss + self.trial.train.load_loss * torch.stack(losses).mean() if losses else loss
 
     def take_train_loss(self) -> float | None:

@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 from pydantic import Field
 
 from ablate.config import Section, Trial
+from ablate.evaluation.scores import Score
 from ablate.model.counts import Cost
 
 Status = Literal["finished", "diverged", "pruned", "killed"]
@@ -59,6 +60,8 @@ class TrialResult(Section):
     """Wall time of the whole trial."""
     message: str = ""
     """Why it diverged or stopped, where it did."""
+    scores: list[Score] = Field(default_factory=list)
+    """Question answering, where the trial asks for it and finished."""
 
     @property
     def final(self) -> Evaluation:

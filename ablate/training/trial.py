@@ -21,6 +21,8 @@ from ablate.config import Trial, digest
 from ablate.data.module import TokenData
 from ablate.data.stream import StreamData
 from ablate.data.tokens import Prepared, prepare
+from ablate.evaluation.evaluate import ask, check_tasks
+from ablate.evaluation.scores import Score
 from ablate.kernels import cpu_routes
 from ablate.model.counts import count
 from ablate.training.callbacks import LAST, USAGE_PARTS, Evaluator, calibration_windows
@@ -32,6 +34,7 @@ USAGE = "usage.parquet"
 TREES = "trees.parquet"
 MOTION = "motion.parquet"
 MODEL = "model.pt"
+TASKS = ".cache/tasks"
 EVAL_BATCH_TOKENS = 4096
 
 
@@ -48,6 +51,7 @@ def run_trial(
 
     With `resume`, a `last.ckpt` in `folder` is continued: on a CPU with the same threads the result equals that of an
     uninterrupted run bit for bit. Status is finished, diverged, pruned or killed (asked to stop; `last.ckpt` is written).
+    Questions that the trial asks for are asked at the end of a finished run; what each gave is written to items.parquet.
     Raises ConfigError before any work where the settings or the corpus cannot be used.
     """
     started = time.perf_counter()
@@ -59,6 +63,7 @@ def run_trial(
         last.unlink(missing_ok=True)
         shutil.rmtree(folder / USAGE_PARTS, ignore_errors=True)
     prepared = prepare(trial.corpus, data_root)
+    check_tasks(trial.questions, prepared, data_root / TASKS)
     torch.manual_seed(trial.init_seed)
     module = LanguageModel(trial, prepared.vocab_size)
     resuming = last.exists()
@@ -82,6 +87,11 @@ def run_trial(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         trainer.fit(module, datamodule=data, ckpt_path=last if resuming else None, weights_only=True)
+    scores: list[Score] = []
+    if trial.questions.tasks and evaluator.status == "finished":
+        # Lightning has put the model back on the CPU.
+        model = module.model.to(trainer.strategy.root_device)
+        scores = ask(model, prepared, trial.questions, folder=folder, tasks_folder=data_root / TASKS)
     result = TrialResult(
         config=trial,
         status=evaluator.status,
@@ -91,6 +101,7 @@ def run_trial(
         tokens_per_second=evaluator.history[-1].tokens / max(evaluator.history[-1].seconds, 1e-9),
         seconds=time.perf_counter() - started,
         message=evaluator.message,
+        scores=scores,
     )
     if evaluator.status != "killed":
         _write_usage(evaluator, folder)

@@ -15,7 +15,8 @@ import torch
 from ablate.config import PRESETS, ConfigError, Trial
 from ablate.data.tokens import prepare
 from ablate.evaluation import tasks
-from ablate.evaluation.evaluate import Evaluated, bits_per_byte_of, clustered_error, corpus_of, evaluate
+from ablate.evaluation.evaluate import bits_per_byte_of, clustered_error, corpus_of, evaluate
+from ablate.evaluation.scores import Evaluated
 from ablate.model.transformer import Transformer
 from ablate.training.checkpoint import load_model
 from ablate.training.trial import run_trial
