@@ -7,12 +7,18 @@ from typing import Any
 
 import polars as pl
 
-from ablate.analysis.frames import FACTOR, Tables
+from ablate.analysis.frames import FACTOR, QA, Tables
 
 DEAD_TARGET = 0.01
 RESTORED = 0.8
 PARTIAL = 0.5
 DIP = 0.05  # n_eff_frac below both ends by more than this counts as a transient collapse
+CONTROLS = {
+    "dense_total": "dense, equal total units",
+    "dense_active": "dense, equal active units",
+    "dense_none": "no feed-forward",
+    "moe": "mixture of experts (load loss)",
+}
 STORY = (
     "n_eff_frac_start",
     "n_eff_frac_min",
@@ -42,8 +48,8 @@ def outcomes(tables: Tables) -> pl.DataFrame:
     """Arms and controls whose runs ended on their own, ready for analysis (intention to treat).
 
     A diverged run stays: its bpb is the untrained model's (`bpb_start`), for that is what its user is left with; its
-    balance is
-    the last one measured. Pruned and killed runs never reached the end and are left out (see `exclusions`).
+    balance is the last one measured; its answers are at chance (scores without a chance level stay unknown). Pruned and
+    killed runs never reached the end and are left out (see `exclusions`).
     """
     frame = tables.evaluation().filter(pl.col("status").is_in(["finished", "diverged"]))
     lost = pl.col("status") == "diverged"
@@ -53,7 +59,11 @@ def outcomes(tables: Tables) -> pl.DataFrame:
     frame = frame.with_columns(
         pl.when(lost).then(pl.coalesce(c, f"{c}_last")).otherwise(pl.col(c)).alias(c) for c in last
     ).drop(f"{c}_last" for c in last)
-    return frame.with_columns(bpb=pl.when(lost).then(pl.col("bpb_start")).otherwise(pl.col("bpb")))
+    guessed = [c for c in frame.columns if c.startswith(QA) and f"{c}/chance" in frame.columns]
+    return frame.with_columns(
+        pl.when(lost).then(pl.col("bpb_start")).otherwise(pl.col("bpb")).alias("bpb"),
+        *(pl.when(lost).then(pl.col(f"{c}/chance").max()).otherwise(pl.col(c)).alias(c) for c in guessed),
+    )
 
 
 def exclusions(tables: Tables) -> list[dict[str, Any]]:
@@ -120,11 +130,8 @@ def labels(tables: Tables) -> dict[str, str]:
     for row in tables.trials.unique("arm", keep="first", maintain_order=True).iter_rows(named=True):
         arm = str(row["arm"])
         if row["kind"] == "control":
-            out[arm] = {
-                "dense_total": "dense, equal total units",
-                "dense_active": "dense, equal active units",
-                "dense_none": "no feed-forward",
-            }.get(arm, arm)
+            control, _, own = arm.partition(" ")
+            out[arm] = ", ".join(filter(None, (CONTROLS.get(control, control), own.replace("=", " "))))
         elif arm == "reference" or arm in tables.study.arms or row["kind"] == "search" or not factors:
             out[arm] = arm
         else:
@@ -184,6 +191,7 @@ def summaries(tables: Tables) -> list[dict[str, Any]]:
     every = grouped(tables.evaluation(), ["kind", "status", *(FACTOR + f for f in tables.factors)])
     ended = grouped(frame.sort("arm", "seed"), ["seed", "run_id", *numbers, *means])
     nothing: dict[str, list[Any]] = {c: [] for c in ("seed", "run_id", *numbers, *means)}
+    asked = grouped(frame.sort("arm", "seed"), [c for c in frame.columns if c.startswith(QA)])
     out = []
     for arm in order(tables):
         runs, rows = every[arm], ended.get(arm, nothing)
@@ -199,6 +207,7 @@ def summaries(tables: Tables) -> list[dict[str, Any]]:
             "statuses": {s: runs["status"].count(s) for s in sorted(set(runs["status"]))},
             **{c: spread(rows[c]) for c in numbers},
             **{c: mean(rows[c]) for c in means},
+            "scores": {c: found for c, values in asked.get(arm, {}).items() if (found := spread(values))},
         }
         record["signs"] = signs(record)
         record["reading"] = reading(record)

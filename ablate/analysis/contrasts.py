@@ -70,6 +70,30 @@ def welch(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Estimate:
     return _estimate(x.mean(axis=-1) - y.mean(axis=-1), se, df, sd, level)
 
 
+def ratio(
+    numerator: ArrayLike, denominator: ArrayLike, level: float = 0.95
+) -> tuple[float, tuple[float, float] | None]:
+    """mean(a) / mean(b) of paired a, b [n], n >= 2, with Fieller's interval: all q with mean(a - q b) within its t interval
+    of 0. The interval is None where mean(b) is itself not apart from 0, so that q is not bounded.
+    """
+    a, b = np.asarray(numerator, dtype=float), np.asarray(denominator, dtype=float)
+    n = len(a)
+    if n < 2 or n != len(b):
+        raise ValueError(f"a ratio of means needs at least 2 pairs, not {n} and {len(b)}")
+    covariance = np.cov(a, b) / n
+    t2 = stats.t.ppf(0.5 + level / 2, n - 1) ** 2
+    x, y = a.mean(), b.mean()
+    # mean(a - q b)² <= t² var(mean(a - q b)) is second, first, zeroth: a quadratic in q.
+    second = y**2 - t2 * covariance[1, 1]
+    first = x * y - t2 * covariance[0, 1]
+    zeroth = x**2 - t2 * covariance[0, 0]
+    value = float(x / y) if y else float("nan")
+    if second <= 0:
+        return value, None
+    half = np.sqrt(max(0.0, first**2 - second * zeroth))
+    return value, (float((first - half) / second), float((first + half) / second))
+
+
 def within(e: Estimate, margin: ArrayLike) -> Array:
     """TOST: p of abs(effect) >= margin, small where the two are equivalent (Schuirmann 1987)."""
     m = np.asarray(margin, dtype=float)

@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from ablate.analysis import arms, contrasts, sections
+from ablate.analysis import arms, contrasts, controls, sections
 from ablate.analysis.contrasts import ALPHA, Claim
 from ablate.analysis.factors import analyse_factors
 from ablate.analysis.frames import Tables, canonical, load
@@ -18,7 +18,6 @@ from ablate.config import digest
 
 SCHEMA = "ablate.findings/1"
 ENDPOINTS = ["bpb", "n_eff_frac"]
-SENSITIVITY = 3.0  # margins that dense(active) must lose to dense(total) for the task to tell layers apart
 
 
 def analyse(name: str, root: Path) -> Path:
@@ -51,10 +50,11 @@ def compute(tables: Tables) -> dict[str, Any]:
     rng = generator(tables.name)
     frame = arms.outcomes(tables)
     names = arms.labels(tables)
-    endpoints = list(dict.fromkeys([*ENDPOINTS, *(c.endpoint for c in tables.study.contrasts)]))
+    named = (c.endpoint for c in tables.study.contrasts if c.endpoint in frame.columns)
+    endpoints = list(dict.fromkeys([*ENDPOINTS, *named]))
     runs = Runs.of(frame, endpoints)
     summaries = arms.summaries(tables)
-    gap = assay(tables, runs)
+    gap = controls.assay(tables, runs)
     found: list[dict[str, Any]] = []
     families = []
     for family, method, what, comparisons in plan(tables, runs, gap):
@@ -78,6 +78,12 @@ def compute(tables: Tables) -> dict[str, Any]:
             {"family": "factors", "adjustment": "bh", "size": len(factors["findings"]), "what": what, "alpha": ALPHA}
         )
     found += factors["findings"]
+    recovered = controls.recovered(tables, runs, arms.order(tables), names, rng)
+    if recovered:
+        what = "share of the gap between dense layers of active and total units that each arm recovers"
+        families.append(
+            {"family": "recovered", "adjustment": "bh", "size": len(recovered), "what": what, "alpha": ALPHA}
+        )
     reference = arms.reference_arm(tables)
     return {
         "schema": SCHEMA,
@@ -106,6 +112,7 @@ def compute(tables: Tables) -> dict[str, Any]:
         "mechanism": mechanism(tables, frame, found),
         "twins": sections.twins(tables, frame, runs),
         "assay": gap,
+        "recovered": recovered,
         "exclusions": arms.exclusions(tables),
         "summary": summary(tables, found, summaries),
     }
@@ -124,17 +131,6 @@ def without_diverged(f: dict[str, Any], runs: Runs, finished: Runs) -> dict[str,
     return {"effect": float(e.effect), "interval": [float(e.low), float(e.high)], "n": len(shared)}
 
 
-def assay(tables: Tables, runs: Runs) -> dict[str, Any] | None:
-    """Whether this task can tell a good layer from a poor one: bpb of dense(active) minus dense(total), in margins."""
-    total, active = runs.values.get(("dense_total", "bpb"), {}), runs.values.get(("dense_active", "bpb"), {})
-    if not total or not active:
-        return None
-    gap = float(np.mean(list(active.values())) - np.mean(list(total.values())))
-    ids = [runs.run_ids[arm, s] for arm, v in (("dense_active", active), ("dense_total", total)) for s in v]
-    margins = gap / tables.study.margin
-    return {"gap": gap, "margins": margins, "sensitive": margins >= SENSITIVITY, "run_ids": ids}
-
-
 Family = tuple[str, Literal["holm", "bh"], str, list[Comparison]]
 
 
@@ -142,11 +138,18 @@ def plan(tables: Tables, runs: Runs, gap: dict[str, Any] | None) -> list[Family]
     """Which comparisons a study makes: the named contrasts (Holm), then exploratory ones (Benjamini-Hochberg)."""
     study = tables.study
     reference = arms.reference_arm(tables)
-    grid = [a for a in arms.order(tables) if a != reference and not a.startswith("dense_")]
+    known = controls.controls(tables)
+    order = arms.order(tables)
+    grid = [a for a in order if a != reference and a not in known]
     margins = {"bpb": study.margin, "n_eff_frac": study.min_effect_n_eff}
     named = [
         Comparison(
-            c.arm, c.reference, c.endpoint, cast(Claim, c.claim), c.margin, _insensitive(c.reference, c.claim, gap)
+            c.arm,
+            c.reference,
+            c.endpoint,
+            cast(Claim, c.claim),
+            c.margin,
+            _insensitive(c.reference, c.claim, known, gap),
         )
         for c in study.contrasts
     ]
@@ -154,25 +157,26 @@ def plan(tables: Tables, runs: Runs, gap: dict[str, Any] | None) -> list[Family]
     against = [Comparison(a, reference, e, "differs", margins[e]) for a in grid for e in measured if reference]
     trees = [a for a in [reference, *grid] if a]
     dense: list[Comparison] = []
-    for control, claim in (("dense_total", "matches"), ("dense_active", "lower")):
-        if (control, "bpb") in runs.values:
-            block = _insensitive(control, claim, gap)
+    for control, claim in (("dense_total", "matches"), ("dense_active", "lower"), ("dense_none", "lower")):
+        if control in known:
+            block = _insensitive(control, claim, known, gap)
             dense += [Comparison(a, control, "bpb", cast(Claim, claim), study.margin, block) for a in trees]
+    for pair in controls.pairs(tables, trees):
+        if pair.own:
+            block = controls.insensitive(controls.assay(tables, runs, pair.total, pair.active))
+            dense.append(Comparison(pair.arm, pair.total, "bpb", "matches", study.margin, block))
+            dense.append(Comparison(pair.arm, pair.active, "bpb", "lower", study.margin))
+    if "moe" in known:
+        dense += [Comparison(a, "moe", "bpb", "differs", study.margin) for a in trees]
     return [
         ("confirm", "holm", "contrasts named in the study before the first trial", named),
         ("arms", "bh", "every arm against the reference arm", [] if named else against),
-        ("dense", "bh", "every tree arm against the dense controls", dense),
+        ("dense", "bh", "every tree arm against the controls", dense),
     ]
 
 
-def _insensitive(reference: str, claim: str, gap: dict[str, Any] | None) -> str:
-    if claim != "matches" or not reference.startswith("dense_"):
-        return ""
-    if gap is None:
-        return "no assay sensitivity known: the study has no dense_total and dense_active controls"
-    if not gap["sensitive"]:
-        return f"the task cannot tell: dense layers of active and total size are {gap['margins']:.1f} margins apart, under 3"
-    return ""
+def _insensitive(reference: str, claim: str, known: set[str], gap: dict[str, Any] | None) -> str:
+    return controls.insensitive(gap) if claim == "matches" and reference in known else ""
 
 
 def summary(tables: Tables, found: list[dict[str, Any]], summaries: list[dict[str, Any]]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from ablate.balance.usage import MOTION_SCHEMA, USAGE_SCHEMA
 from ablate.config import ConfigError, Study, load_study
 
 FACTOR = "factor."
+QA = "qa/"
 KEYS: dict[str, pl.DataType] = {
     "study": pl.String(),
     "trial": pl.String(),

@@ -10,6 +10,7 @@ import polars as pl
 
 from ablate.analysis import contrasts, power
 from ablate.analysis.contrasts import Claim, Estimate
+from ablate.analysis.frames import QA
 
 # Collapsed and other runs are two modes where Ashman's D is over 2 and no run lies within the gap, in bits_lost. The
 # gap
@@ -161,7 +162,7 @@ def findings(
             "reference": c.reference,
             "reference_label": labels.get(c.reference, c.reference),
             "endpoint": c.endpoint,
-            "unit": UNITS.get(c.endpoint, ""),
+            "unit": UNITS.get(c.endpoint, "score" if c.endpoint.startswith(QA) else ""),
             "claim": c.claim,
             "margin": c.margin,
             "verdict": verdict,

@@ -22,6 +22,7 @@ from ablate.analysis.frames import canonical, load
 from ablate.config import ConfigError
 from ablate.report import (
     balance_views,
+    control_view,
     effect_views,
     mechanism_view,
     parts,
@@ -39,6 +40,7 @@ VIEWS: list[Callable[[Context], View]] = [
     effect_views.verdicts,
     quality_views.pareto,
     balance_views.balance_story,
+    control_view.controls,
     effect_views.main_effects,
     effect_views.interactions,
     balance_views.usage_map,

@@ -155,7 +155,7 @@ def assign(tables: Tables, order: list[str], labels: dict[str, str]) -> Styles:
         arms[a] = ArmStyle(INK if i == 0 else COLOURS[(7 - i) % 8], (7 - i) % 8, True)
         legend.append((labels[a], arms[a]))
     for i, a in enumerate(a for a in order if rows[a]["kind"] == "control"):
-        arms[a] = ArmStyle(INK, (5, 6, 7)[i % 3], True, 1 + i % 3)
+        arms[a] = ArmStyle(INK if i < 6 else MUTED, (5, 6, 7)[i % 3], i % 6 < 3, 1 + i % 3)
         legend.append((labels[a], arms[a]))
     return Styles(arms, legend)
 

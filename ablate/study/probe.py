@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-from ablate.config import Trial
+from ablate.config import Questions, Trial
 from ablate.study.engines import THREAD_VARIABLES, _environment, available_cpus
 from ablate.study.status import PROBE_STEPS, evaluations, step_seconds
 from ablate.training.result import Evaluation
@@ -88,7 +88,7 @@ def _probe(trial: Trial, data_root: Path, folder: Path, threads: int) -> Cost:
         train = trial.train.model_copy(
             update={"steps": steps, "eval_every": 5, "checkpoint_every": steps, "keep_checkpoint": False}
         )
-        return trial.model_copy(update={"train": train})
+        return trial.model_copy(update={"train": train, "questions": Questions()})
 
     # The first trial of a process also compiles kernels and fills caches; only the second is timed.
     run_trial(

@@ -27,6 +27,7 @@ USAGE = "usage.parquet"
 TREES = "trees.parquet"
 MOTION = "motion.parquet"
 PRUNE = ".prune-"
+ITEMS = "items.parquet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +73,18 @@ class Layout:
         """How far router and representation moved each node, for trials with train.motion."""
         return self.results / f"{trial}.motion.parquet"
 
+    def items(self, trial: str) -> Path:
+        """What each question gave, for trials with questions."""
+        return self.results / f"{trial}.items.parquet"
+
     def side_tables(self, trial: str) -> dict[str, Path]:
         """Where the tables beside a trial's record lie, by the name they have in the trial's folder."""
-        return {USAGE: self.usage(trial), TREES: self.trees(trial), MOTION: self.motion(trial)}
+        return {
+            USAGE: self.usage(trial),
+            TREES: self.trees(trial),
+            MOTION: self.motion(trial),
+            ITEMS: self.items(trial),
+        }
 
     def tables_of(self, trial: str) -> list[Path]:
         """The tables that lie beside a trial's record."""

@@ -268,10 +268,16 @@ def _with_plan(job: Job, plan: Plan) -> Job:
 
 
 def _data_card(study: Study, data_root: Path) -> dict[str, Any]:
-    """Prepare the corpus once, before any worker needs it; raises ConfigError for one that cannot be used."""
+    """Prepare the corpus and its questions once, before any worker needs them; raises ConfigError for what cannot be used."""
     from ablate.data.tokens import prepare
 
-    prepared = prepare(study.trial({}).corpus, data_root)
+    base = study.trial({})
+    prepared = prepare(base.corpus, data_root)
+    if base.questions.tasks:
+        from ablate.evaluation.evaluate import check_tasks
+        from ablate.training.trial import TASKS
+
+        check_tasks(base.questions, prepared, data_root / TASKS)
     return {**prepared.card, "data_hash": prepared.data_hash, "tokenizer_hash": prepared.tokenizer_hash}
 
 

@@ -142,7 +142,7 @@ def _shape(trial: Trial) -> str:
         mode="json",
         include={"batch_size", "accumulate", "precision", "backend", "eval_tokens", "decay_rows", "devices"},
     )
-    rest = trial.model_dump(mode="json", include={"corpus", "model", "tree", "dense"})
+    rest = trial.model_dump(mode="json", include={"corpus", "model", "tree", "dense", "moe"})
     return json.dumps([train, rest], sort_keys=True)
 
 

@@ -12,6 +12,7 @@ import polars as pl
 from pydantic_core import from_json
 
 from ablate.config import ConfigError
+from ablate.evaluation.scores import Score, columns
 from ablate.study.records import PARTIAL, Layout, Record, load_plan
 from ablate.tracking.schema import (
     BALANCE,
@@ -22,6 +23,7 @@ from ablate.tracking.schema import (
     MAGNITUDE,
     MOTION_TABLE_SCHEMA,
     PRUNE_SCHEMA,
+    QA,
     RANDOM,
     ROUTING,
     TREE_MEANS,
@@ -68,7 +70,12 @@ def collect(study: str, root: Path) -> Path:
         history.extend(place | evaluation_row(evaluation) for evaluation in record["history"])
         pruned.extend(place | {"run_id": record["run_id"]} | row for row in prune_rows(prunes.get(name, [])))
     layout.tables.mkdir(parents=True, exist_ok=True)
-    schema = TRIALS_SCHEMA | {FACTOR + key: _dtype(row[FACTOR + key] for row in trials) for key in keys}
+    scores = dict.fromkeys(key for row in trials for key in row if key.startswith(QA))
+    schema = (
+        TRIALS_SCHEMA
+        | dict.fromkeys(scores, pl.Float64())
+        | {FACTOR + key: _dtype(row[FACTOR + key] for row in trials) for key in keys}
+    )
     _write(_frame(trials, schema), layout.tables / "trials.parquet")
     _stream(layout, order, layout.usage, USAGE_TABLE_SCHEMA, layout.tables / "usage.parquet")
     _stream(layout, order, layout.trees, TREES_TABLE_SCHEMA, layout.tables / "trees.parquet")
@@ -133,6 +140,7 @@ def trial_row(record: dict[str, Any]) -> dict[str, Any]:
     row |= {name: last["balance"].get(name) for name in BALANCE}
     row |= {column: record.get("trees", {}).get(name) for name, column in TREE_MEANS.items()}
     row |= {name: cost[name] for name in COST}
+    row |= columns(Score.model_validate(score) for score in record.get("scores", []))
     names = ("git_commit", "git_dirty", "data_hash", "tokenizer_hash", "machine", "threads", "device", "route_table")
     return row | {name: origin[name] for name in names}
 
@@ -211,7 +219,7 @@ def _dtype(values: Iterable[Any]) -> pl.DataType:
 def _frame(rows: list[dict[str, Any]], schema: dict[str, pl.DataType]) -> pl.DataFrame:
     columns = {}
     for name, dtype in schema.items():
-        values = [row[name] for row in rows]
+        values = [row.get(name) if name.startswith(QA) else row[name] for row in rows]
         if name.startswith(FACTOR) and dtype == pl.String():
             values = [None if v is None else str(v) for v in values]
         columns[name] = pl.Series(name, values, dtype=dtype, strict=False)

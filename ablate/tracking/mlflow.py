@@ -28,6 +28,7 @@ from mlflow.tracking import MlflowClient
 from sqlalchemy.engine import make_url
 
 from ablate.config import ConfigError, Section, Study
+from ablate.evaluation.scores import columns
 from ablate.study.designs import Plan, PlannedTrial
 from ablate.study.records import Layout, Record, load_record
 from ablate.tracking import schema
@@ -443,6 +444,7 @@ def _closing(record: Record, tables: Sequence[Path]) -> Event:
             **{name: getattr(record.cost, name) for name in schema.COST},
             **{f"leaves/{name}": value for name, value in record.leaves.items()},
             **{f"trees/{name}": value for name, value in record.trees.items()},
+            **{_name(name): value for name, value in columns(record.scores).items()},
         }
     )
     return {
@@ -521,7 +523,7 @@ def _batches(params: dict[str, str]) -> Iterator[list[Param]]:
 
 
 def _name(key: str) -> str:
-    """A parameter's name with the characters that MLflow takes."""
+    """A parameter's or metric's name with the characters that MLflow takes."""
     return "".join(c if c.isalnum() or c in "_-. :/" else "_" for c in key)[:250]
 
 

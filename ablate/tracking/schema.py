@@ -59,6 +59,8 @@ TREE_MEANS = {
 # Columns of TREES_SCHEMA that history.parquet has per evaluation, and which end of them is the worst tree.
 ROUTING = {"flip_rate": "max", "saturation": "min"}
 
+# Prefix of a metric and a column each: qa/<task>/<shots>shot/<metric>, and /error, /chance and /unigram of it.
+QA = "qa/"
 FACTOR = "factor."  # prefix of one column (or parameter) a factor
 
 _KEYS = {
@@ -107,7 +109,8 @@ TRIALS_SCHEMA: dict[str, pl.DataType] = {
     "versions": pl.String(),  # JSON
     "message": pl.String(),
 }
-"""trials.parquet, one row a trial; one column `factor.<dotted>` more for each factor, typed as its values."""
+"""trials.parquet, one row a trial; one column `factor.<dotted>` more for each factor, typed as its values, and columns
+`qa/…` where questions were asked."""
 
 HISTORY_SCHEMA: dict[str, pl.DataType] = {
     **_KEYS,

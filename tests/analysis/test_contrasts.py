@@ -49,6 +49,31 @@ def test_welch_matches_scipy_for_unequal_sizes() -> None:
     )
 
 
+def test_ratio_is_fiellers_and_bounded_only_where_the_denominator_is() -> None:
+    rng = np.random.default_rng(3)
+    b = 1.0 + 0.1 * rng.normal(size=6)
+    a = 0.4 * b + 0.05 * rng.normal(size=6)
+    value, bounds = contrasts.ratio(a, b)
+    assert value == pytest.approx(a.mean() / b.mean())
+    assert bounds is not None
+    # At both ends mean(a - q b) is just at the edge of its t interval.
+    for q in bounds:
+        assert stats.ttest_1samp(a - q * b, 0).pvalue == pytest.approx(0.05)
+    assert bounds[0] < value < bounds[1]
+    assert contrasts.ratio(a, b - b.mean())[1] is None
+
+
+def test_a_ratio_s_interval_covers_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(4)
+    hits = 0
+    for _ in range(2000):
+        shared = rng.normal(size=5)
+        b = 1.0 + 0.2 * shared
+        low, high = contrasts.ratio(0.3 + 0.1 * shared + 0.1 * rng.normal(size=5), b)[1] or (-np.inf, np.inf)
+        hits += low <= 0.3 <= high
+    assert hits / 2000 == pytest.approx(0.95, abs=4 * np.sqrt(0.95 * 0.05 / 2000))
+
+
 @pytest.mark.parametrize("margin", [0.005, 0.02, 0.1])
 def test_tost_matches_statsmodels(margin: float) -> None:
     assert contrasts.within(contrasts.paired(A - B), margin) == pytest.approx(

@@ -6,19 +6,21 @@ import json
 import math
 import socket
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
 
-from ablate.config import PRESETS, ConfigError, Trial
+from ablate.config import PRESETS, ConfigError, Questions, Trial
 from ablate.data.tokens import prepare
 from ablate.evaluation import tasks
 from ablate.evaluation.evaluate import bits_per_byte_of, clustered_error, corpus_of, evaluate
-from ablate.evaluation.scores import Evaluated
+from ablate.evaluation.scores import Evaluated, columns
 from ablate.model.transformer import Transformer
 from ablate.training.checkpoint import load_model
+from ablate.training.result import TrialResult
 from ablate.training.trial import run_trial
 from tests.evaluation.conftest import Trained
 
@@ -123,6 +125,41 @@ def test_evaluation_repeats_exactly_and_draws_no_random_numbers(
     )
     assert [s for s in found[0].scores if s.task == tasks.CLOZE and s.shots == 2] == again.scores
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_trial_asks_its_questions_at_its_end(trained: Trained, found: tuple[Evaluated, Path], tmp_path: Path) -> None:
+    asked = Questions(tasks=(tasks.CONTINUATION,), shots=(0,), limit=QUESTIONS)
+    trial = trained.trial.model_copy(update={"questions": asked})
+    result = run_trial(trial, data_root=trained.data_root, folder=tmp_path / "run", threads=1)
+    assert result.scores == [s for s in found[0].scores if s.task == tasks.CONTINUATION and s.shots == 0]
+    assert result.final.bpb == trained.result.final.bpb
+    assert trained.result.scores == []
+    assert TrialResult.model_validate_json(result.model_dump_json()) == result
+    items = pl.read_parquet(tmp_path / "run" / "items.parquet")
+    assert set(items["task"]) == {tasks.CONTINUATION}
+    flat = columns(result.scores)
+    name = f"qa/{tasks.CONTINUATION}/0shot/acc"
+    assert flat[name] > flat[f"{name}/chance"] == 0.25
+    assert {f"{name}/error", f"{name}/unigram"} <= flat.keys()
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"tasks": ["heldout_clozed"]}, "task 'heldout_clozed' is not known"),
+        ({"tasks": ["heldout_cloze"]}, "task 'heldout_cont.*cannot be made"),
+    ],
+    ids=["unknown", "too-few-documents"],
+)
+def test_what_cannot_be_asked_is_said_before_training(
+    asked: dict[str, Any], message: str, trained: Trained, tmp_path: Path
+) -> None:
+    few = {"max_documents": 4} if asked["tasks"] == ["heldout_cloze"] else {}
+    corpus = trained.trial.corpus.model_copy(update=few)
+    trial = trained.trial.model_copy(update={"questions": Questions.model_validate(asked), "corpus": corpus})
+    with pytest.raises(ConfigError, match=message):
+        run_trial(trial, data_root=tmp_path / "data", folder=tmp_path / "run", threads=1)
+    assert not (tmp_path / "run" / "usage.parquet").exists()
 
 
 def test_bits_per_byte_is_that_of_training(trained: Trained, found: tuple[Evaluated, Path]) -> None:

@@ -187,6 +187,79 @@ def test_a_confirm_study_judges_its_contrasts_under_holm(tmp_path: Path) -> None
     assert "assay sensitivity" in last["reasons"][0]
 
 
+def test_the_recovered_share_of_the_gap(tmp_path: Path) -> None:
+    """Dense(total) is planted at 1.98 bpb, dense(active) at 2.09, trees at 2.03: about half is recovered."""
+    write_study(tmp_path, seeds=tuple(range(6)), diverged=False, tune=False, usage=0)
+    data = json.loads(analyse("demo", tmp_path).read_text())
+    arms = [a["arm"] for a in data["arms"] if a["kind"] == "arm"]
+    assert [r["arm"] for r in data["recovered"]] == arms
+    known = set(pl.read_parquet(tmp_path / "tables/demo/trials.parquet")["run_id"])
+    for r in data["recovered"]:
+        assert r["verdict"] == "supported"
+        assert r["effect"] == pytest.approx(0.54, abs=0.15)
+        assert r["interval"][0] <= r["effect"] <= r["interval"][1]
+        assert (r["n"], len(r["run_ids"])) == (6, 18)
+        assert set(r["run_ids"]) <= known
+        assert r["p"] <= r["p_adjusted"] < 0.05
+    assert "recovers some" in (build("demo", tmp_path) / "report.md").read_text(encoding="utf-8")
+    # The same trees where the two dense layers are hardly apart.
+    path = tmp_path / "tables/demo/trials.parquet"
+    poor = pl.col("arm") == "dense_active"
+    pl.read_parquet(path).with_columns(bpb=pl.col("bpb") - 0.1 * poor).write_parquet(path)
+    data = json.loads(analyse("demo", tmp_path).read_text())
+    assert all(r["verdict"] == "inconclusive" and "cannot tell" in r["reasons"][0] for r in data["recovered"])
+    assert all("cannot tell" in r["text"] for r in data["recovered"])
+    text = (build("demo", tmp_path) / "report.md").read_text(encoding="utf-8")
+    assert "Cannot tell: the gap" in text
+
+
+def test_an_arm_in_another_activation_has_controls_of_its_own(tmp_path: Path) -> None:
+    write_study(tmp_path, factors={"tree.mirror": [0.0, 1.0]}, diverged=False, tune=False, usage=0)
+    path = tmp_path / "tables/demo/trials.parquet"
+    trials = pl.read_parquet(path)
+    plain = trials.filter(pl.col("kind") == "control")
+    even = plain.with_columns(
+        pl.col("arm") + " mirror=1",
+        pl.lit(json.dumps({"dense": {"mirror": 1}})).alias("config"),
+        pl.col("bpb") + 0.5,
+        *(pl.col(c) + "-even" for c in ("trial", "run_id")),
+    )
+    pl.concat([trials, even]).write_parquet(path)
+    data = json.loads(analyse("demo", tmp_path).read_text())
+    found = {(r["arm"], r["total"], r["own_activation"]) for r in data["recovered"]}
+    assert found == {
+        ("tree.mirror=0.0", "dense_total", False),
+        ("tree.mirror=1.0", "dense_total", False),
+        ("tree.mirror=1.0", "dense_total mirror=1", True),
+    }
+    assert {a["label"] for a in data["arms"]} >= {"dense, equal total units, mirror 1"}
+    own = [f for f in data["findings"] if f["reference"] == "dense_total mirror=1"]
+    assert [f["arm"] for f in own] == ["tree.mirror=1.0"]
+    assert own[0]["effect"] < -0.3
+
+
+def test_scores_of_questions_are_endpoints_and_a_table(tmp_path: Path) -> None:
+    name = "qa/heldout_cloze/0shot/acc"
+    arms: dict[str, dict[str, Any]] = {"good": {"tree.mirror": 1.0}}
+    claim = {"arm": "good", "endpoint": name, "claim": "higher", "margin": 0.02}
+    write_study(tmp_path, seeds=tuple(range(6)), arms=arms, contrasts=[claim], diverged=True, tune=False, usage=0)
+    path = tmp_path / "tables/demo/trials.parquet"
+    trials = pl.read_parquet(path)
+    finished = pl.col("status") == "finished"
+    score = 0.3 + 0.2 * (pl.col("arm") == "good") + 0.001 * pl.col("seed")
+    trials = trials.with_columns(pl.when(finished).then(score).alias(name))
+    trials.with_columns(
+        pl.when(finished).then(0.02).alias(f"{name}/error"), pl.when(finished).then(0.25).alias(f"{name}/chance")
+    ).write_parquet(path)
+    data = json.loads(analyse("demo", tmp_path).read_text())
+    [f] = [f for f in data["findings"] if f["family"] == "confirm"]
+    # The last run of the arm diverged: it counts with chance.
+    assert (f["verdict"], f["n"]) == ("supported", 6)
+    assert f["effect"] == pytest.approx((5 * 0.2 + (0.25 - 0.305)) / 6)
+    text = (build("demo", tmp_path) / "report.md").read_text(encoding="utf-8")
+    assert "Question answering at the end of the trials" in text
+
+
 def test_two_modes_are_not_averaged(tmp_path: Path) -> None:
     write_study(tmp_path, diverged=False, tune=False, usage=0)
     path = tmp_path / "tables/demo/trials.parquet"

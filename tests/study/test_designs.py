@@ -58,13 +58,41 @@ def test_one_at_a_time_changes_one_field_of_the_reference() -> None:
 
 
 def test_controls_have_the_units_of_the_tree_and_no_tree_factors() -> None:
-    plan = expand(study(factors={"tree.mirror": [0, 1]}, controls=["total", "active", "none"]))
+    plan = expand(study(factors={"tree.depth": [5, 6]}, controls=["total", "active", "none", "moe"]))
     controls = {t.arm: t for t in plan.trials if t.kind == "control"}
-    base = plan.trials[0].trial.tree
+    base = plan.study.trial({}).tree
+    assert list(controls) == ["dense_total", "dense_active", "dense_none", "moe"]
     assert controls["dense_total"].trial.dense.width == base.total_units == 1276
     assert controls["dense_active"].trial.dense.width == base.active_units == 40
     assert controls["dense_none"].trial.model.feedforward == "none"
-    assert all(c.factors == {"tree.mirror": None} for c in controls.values())
+    assert all(c.factors == {"tree.depth": None} for c in controls.values())
+    mixture = controls["moe"].trial
+    assert (mixture.model.feedforward, mixture.moe.width) == ("moe", 40)
+    assert 1276 - 40 < mixture.moe.experts * mixture.moe.width <= 1276
+    assert mixture.train.load_loss == 0.01
+    assert any("auxiliary loss" in note for note in plan.notes)
+
+
+def test_dense_controls_come_in_the_dense_activation_and_in_each_that_arms_have() -> None:
+    base = {"dense": {"activation": "silu"}}
+    arms = {"even": {"tree.mirror": 1}, "deep": {"tree.depth": 7}, "plain": {"tree.activation": "silu"}}
+    contrast = {"arm": "even", "reference": "dense_total activation=gelu mirror=1", "claim": "lower", "margin": 0.01}
+    plan = expand(study(design="confirm", base=base, arms=arms, contrasts=[contrast], controls=["total", "none"]))
+    controls = {t.arm: t.trial for t in plan.trials if t.kind == "control"}
+    assert list(controls) == [
+        "dense_total", "dense_total activation=gelu", "dense_total activation=gelu mirror=1", "dense_none",
+    ]  # fmt: skip
+    layers = [controls[name].dense for name in list(controls)[:3]]
+    assert [(d.activation, d.mirror) for d in layers] == [("silu", 0), ("gelu", 0), ("gelu", 1)]
+    assert len({d.width for d in layers}) == 1
+
+
+def test_only_evaluation_trials_are_asked_questions() -> None:
+    base = {"questions": {"tasks": ["heldout_cloze"]}}
+    plan = expand(
+        study(factors={"tree.mirror": [0, 1]}, base=base, tune={"lr": [0.1, 0.2], "seeds": [9]}), {"mirror=0": 0.1}
+    )
+    assert {(t.kind, t.trial.questions.tasks) for t in plan.trials} == {("tune", ()), ("arm", ("heldout_cloze",))}
 
 
 @pytest.mark.parametrize("match", ["total_units", "active_units"])
@@ -196,6 +224,23 @@ def test_the_rate_with_the_lowest_mean_is_chosen(
                 "contrasts": [{"arm": "x", "claim": "lower", "margin": 0.1}],
             },
             ["factors", "confirm"],
+        ),
+        *(
+            (
+                {
+                    "design": "confirm",
+                    "arms": {"x": {"tree.mirror": 1}},
+                    "controls": ["total"],
+                    "base": {"questions": {"tasks": ["heldout_cloze"]}},
+                    "contrasts": [{"arm": "x", "claim": "lower", "margin": 0.1, **changed}],
+                },
+                words,
+            )
+            for changed, words in (
+                ({"reference": "dense_active"}, ["'dense_active'", "reference, x, dense_total, dense_total mirror=1"]),
+                ({"endpoint": "qa/heldout_cloze/5shot/acc"}, ["'qa/heldout_cloze/5shot/acc'", "0shot"]),
+                ({"endpoint": "bbp"}, ["'bbp'", "bpb, n_eff_frac"]),
+            )
         ),
     ],
     ids=lambda v: "" if isinstance(v, list) else None,

@@ -26,6 +26,7 @@ SHIPPED = {
     "mechanism",
     "search",
     "confirm",
+    "controls",
 }
 
 

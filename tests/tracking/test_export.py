@@ -14,8 +14,9 @@ import pytest
 
 from ablate.balance import metrics, usage
 from ablate.config import ConfigError
+from ablate.evaluation.scores import Score
 from ablate.study.designs import Plan, expand
-from ablate.study.records import Layout, Record, leaf_deaths, save_plan, save_record
+from ablate.study.records import Layout, Record, leaf_deaths, load_record, save_plan, save_record
 from ablate.tracking.export import collect
 from ablate.tracking.schema import BALANCE, HISTORY_SCHEMA, TRIALS_SCHEMA, USAGE_TABLE_SCHEMA
 from ablate.training.result import Evaluation
@@ -96,6 +97,22 @@ def test_tables_have_the_schema_and_the_plans_order(root: Path) -> None:
     assert {name for name in metrics.summary(counts(0)) if "/" not in name} == set(BALANCE)
     one = table.filter(pl.col("trial") == plan.trials[0].hash).select(list(usage.USAGE_SCHEMA))
     assert usage.counts_from(one)[:, 0, 0].tolist() == [counts(s)[0, 0].tolist() for s in (0, 5, 10)]
+
+
+def test_scores_are_columns_and_absent_where_nothing_was_asked(root: Path) -> None:
+    plan = expand(objective.study(controls=["total"], arms={"late": {"tree.node_mirror": 0.5}}))
+    layout = Layout(root, "cheap")
+    path = layout.record(plan.trials[1].hash)
+    score = Score(
+        task="t", shots=0, metric="acc", value=0.5, error=0.1, items=9, documents=None, chance=0.25, unigram=None,
+        over_unigram=None, over_unigram_error=None, truncated=0.0,
+    )  # fmt: skip
+    path.write_text(load_record(path).model_copy(update={"scores": [score]}).model_dump_json())
+    trials = pl.read_parquet(collect("cheap", root) / "trials.parquet")
+    assert [c for c in trials.columns if c.startswith("qa/")] == [
+        "qa/t/0shot/acc", "qa/t/0shot/acc/error", "qa/t/0shot/acc/chance",
+    ]  # fmt: skip
+    assert trials["qa/t/0shot/acc"].to_list() == [None, 0.5, *[None] * (trials.height - 2)]
 
 
 def test_birth_collapse_and_pruning_are_told_apart(root: Path) -> None:

@@ -148,7 +148,7 @@ def test_pruned_when_the_observer_says_so(run: Callable[..., TrialResult]) -> No
     assert (result.status, result.final.step) == ("pruned", 4)
 
 
-@pytest.mark.parametrize("feedforward", ["dense", "none"])
+@pytest.mark.parametrize("feedforward", ["dense", "none", "moe"])
 def test_controls_run_through_the_same_path(feedforward: str, run: Callable[..., TrialResult], tmp_path: Path) -> None:
     result = run(trial(model={"feedforward": feedforward}), tmp_path / feedforward)
     assert result.status == "finished"
