@@ -14,7 +14,7 @@ GOOD = {"name": "s", "factors": {"tree.mirror": [0, 1]}}
     [
         ({"factr": 1}, "factr: unknown setting; allowed here: name, title,"),
         ({"factors": {"tree.miror": [0, 1]}}, "factor 'tree.miror' is unknown: tree has trees, depth,"),
-        ({"factors": {"model_d": [0]}}, "factor 'model_d' is unknown: it starts with one of tree., model., dense., train."),
+        ({"factors": {"model_d": [0]}}, "factor 'model_d' is unknown: it starts with one of tree., model., dense., moe., train."),
         ({"factors": {"tree.mirror": [0, 0]}}, "factors.tree.mirror: levels is [0, 0]: a level stands in it twice"),
         ({"factors": {"tree.mirror": {}}}, "factors.tree.mirror: levels is missing: a factor has either levels or a range"),
         ({"base": {"tree": {"depth": 77}}}, "base.tree.depth is 77: input should be less than or equal to 14"),

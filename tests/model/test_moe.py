@@ -66,8 +66,8 @@ def test_the_load_loss_is_one_when_balanced_and_pushes_towards_it() -> None:
     assert plain is not None
     added = [m.last_load_loss for m in model.model.mixtures()]
     assert len(added) == 2
-    mean = sum(float(loss) for loss in added if loss is not None) / 2
-    assert float(whole) == pytest.approx(plain + 0.01 * mean, rel=1e-6)
+    mean = sum(loss.item() for loss in added if loss is not None) / 2
+    assert whole.item() == pytest.approx(plain + 0.01 * mean, rel=1e-6)
     model.model.eval()(tokens[:, :-1])
     assert all(m.last_load_loss is None for m in model.model.mixtures())
 

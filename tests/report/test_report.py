@@ -233,7 +233,7 @@ def test_an_arm_in_another_activation_has_controls_of_its_own(tmp_path: Path) ->
         ("tree.mirror=1.0", "dense_total mirror=1", True),
     }
     assert {a["label"] for a in data["arms"]} >= {"dense, equal total units, mirror 1"}
-    own = [f for f in data["findings"] if f["reference"] == "dense_total mirror=1"]
+    own = [f for f in data["findings"] if f.get("reference") == "dense_total mirror=1"]
     assert [f["arm"] for f in own] == ["tree.mirror=1.0"]
     assert own[0]["effect"] < -0.3
 
