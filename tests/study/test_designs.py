@@ -67,6 +67,7 @@ def test_controls_have_the_units_of_the_tree_and_no_tree_factors() -> None:
     assert controls["dense_none"].trial.model.feedforward == "none"
     assert all(c.factors == {"tree.depth": None} for c in controls.values())
     mixture = controls["moe"].trial
+    assert mixture.moe.width is not None
     assert (mixture.model.feedforward, mixture.moe.width) == ("moe", 40)
     assert 1276 - 40 < mixture.moe.experts * mixture.moe.width <= 1276
     assert mixture.train.load_loss == 0.01
