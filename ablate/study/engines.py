@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ablate.study.worker import Event, Job, work
+from ablate.training.lifeline import die_with
 
 THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
@@ -140,7 +140,7 @@ def _main(job: Job, name: str, slot: int, pipe: Connection, parent: int, log: Pa
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # A terminal's Ctrl-C reaches everybody; the parent passes it on.
-    _die_with(parent)
+    die_with(parent)
     _redirect(log)
     _own_gpu(slot, job.plan.study.trial({}).train.devices)
 
@@ -151,21 +151,6 @@ def _main(job: Job, name: str, slot: int, pipe: Connection, parent: int, log: Pa
             stop.set()
 
     work(job, name, report, stop.is_set)
-
-
-def _die_with(parent: int) -> None:
-    """End this process as soon as its parent is gone, so that two studies never work on the same trial."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    # Also where there is no prctl, and for a parent that died before it was called.
-    threading.Thread(target=watch, daemon=True, name="parent-watch").start()
 
 
 def _redirect(log: Path) -> None:

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -48,11 +49,12 @@ def measure(shapes: Mapping[str, Trial], *, root: Path, data_root: Path, workers
         (t, d, f.with_name(f"{f.name}.{copy}"), n) for t, d, f, n in jobs for copy in range(_copies(len(jobs), workers))
     ]
     try:
+        # Not a multiprocessing.Pool: its processes may not have children, which a trial on several devices needs.
         with (
             _environment(dict.fromkeys(THREAD_VARIABLES, str(threads))),
-            multiprocessing.get_context("spawn").Pool(workers) as pool,
+            ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool,
         ):
-            costs = pool.starmap(_probe, padded, chunksize=1)
+            costs = list(pool.map(_probe, *zip(*padded, strict=True)))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     copies = len(padded) // len(jobs)

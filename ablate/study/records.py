@@ -149,6 +149,10 @@ class TrialTracker(Observer, Protocol):
         """The trial ended without a result: `killed` (it will go on later) or `failed`."""
         ...
 
+    def close(self) -> None:
+        """Nothing follows, whether or not the trial's end could be told."""
+        ...
+
 
 class Tracker(Protocol):
     """A tracking service, as far as studies know it; pickled into workers. tracking.mlflow has the real one."""

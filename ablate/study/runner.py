@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
+from optuna.exceptions import StorageInternalError
 
 from ablate.config import ConfigError, Study
 from ablate.study.designs import Plan, choose_rate, expand
@@ -20,7 +21,7 @@ from ablate.study.engines import LocalEngine, host
 from ablate.study.progress import Display
 from ablate.study.queue import Queue, default_storage, open_storage
 from ablate.study.records import Layout, Record, Tracker, load_plan, load_record, partial_files, save_plan
-from ablate.study.worker import Event, Job, Run
+from ablate.study.worker import Event, Job, Run, disk_full
 
 # So many workers in a row that end without having touched a trial, and starting more of them is no use.
 MAX_FALSE_STARTS = 3
@@ -171,12 +172,19 @@ class _Session:
 
     def run(self) -> Outcome:
         with self.display:
-            while not self._ended():
-                waiting = self.queue.reconcile(self.layout.done(), self._record, host())
-                if waiting or self._open_ended():
-                    self._workers()
-                if self._ended() or not self._next_phase():
-                    break
+            try:
+                while not self._ended():
+                    waiting = self.queue.reconcile(self.layout.done(), self._record, host())
+                    if waiting or self._open_ended():
+                        self._workers()
+                    if self._ended() or not self._next_phase():
+                        break
+            except (OSError, StorageInternalError) as error:
+                if not disk_full(error):
+                    raise
+                self.message = f"no space left on the device: {error}"
+            finally:
+                self._abandon()
         total = self.job.plan.total or self._done()
         return Outcome(self._done(), total, self.failed, self.signals.received, self.message)
 
@@ -228,6 +236,14 @@ class _Session:
         elif self._stopping == 1 and self.signals.count > 1:
             self._stopping = 2
             self.engine.kill()
+
+    def _abandon(self) -> None:
+        """Whatever ends this process, no worker goes on without it."""
+        if self.engine.alive:
+            self.engine.kill()
+        while self.engine.alive:
+            self.engine.poll(0.1)
+            self.engine.reap()
 
     def _next_phase(self) -> bool:
         """Whether there is more to do: evaluation trials whose learning rates are known now."""

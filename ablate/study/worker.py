@@ -9,6 +9,7 @@ import time
 import traceback
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -165,6 +166,13 @@ class _Attempt:
         self._tell("started")
         tracked = self.job.tracker.open_trial(self.planned, self.layout) if self.job.tracker else None
         try:
+            return self._tracked(tracked)
+        finally:
+            if tracked:
+                tracked.close()
+
+    def _tracked(self, tracked: TrialTracker | None) -> bool:
+        try:
             with self.queue.heartbeat(self.claim):
                 result = self._train(tracked)
             if result.status == "killed":
@@ -175,7 +183,7 @@ class _Attempt:
             self._failed(tracked, str(error), retry=False)
         except Exception as error:
             # The boundary of one trial: whatever went wrong inside it must not end the study.
-            if _disk_full(error):
+            if disk_full(error):
                 self._stop_for(tracked, f"no space left on the device: {error}")
                 return False
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -234,12 +242,12 @@ class _Attempt:
 
     def _stop_for(self, tracked: TrialTracker | None, message: str) -> None:
         """The machine cannot go on: leave the trial for the next run of the study, as far as the full disk lets us."""
-        try:
+        # What cannot be written, the next run sees for itself: a trial that is RUNNING without a worker.
+        with suppress(OSError, StorageInternalError):
             self.queue.fail(self.claim, message, retry=True, fresh=True)
-            if tracked:
+        if tracked:
+            with suppress(OSError):
                 tracked.abandon("killed", message)
-        except (OSError, StorageInternalError):
-            pass  # The next run finds it RUNNING without a worker and frees it.
         self._tell("fatal", message=message)
 
     def _tell(
@@ -325,7 +333,7 @@ class _Meter:
         return bool((budget.tokens and tokens >= budget.tokens) or (budget.hours and hours >= budget.hours))
 
 
-def _disk_full(error: BaseException | None) -> bool:
+def disk_full(error: BaseException | None) -> bool:
     """Whether an error, or one that it was raised from, says that the disk is full."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -195,6 +195,8 @@ class _Runs:
     def _stuck(self, run: Run, name: str | None, done: set[str]) -> Finding:
         if name in done:
             status, why = "FINISHED", "its trial has a result"
+        elif run.data.tags.get(schema.ROLE) == "study" and self._complete(run, done):
+            status, why = "FINISHED", "all its trials have results"
         else:
             status, why = "KILLED", "no process works on it"
         # Sending what was unsent may have closed it since it was listed.
@@ -202,6 +204,12 @@ class _Runs:
             self.client.set_terminated(run.info.run_id, status=status)
             self.client.set_tag(run.info.run_id, schema.STATUS, status.lower())
         return self._finding(f"run {run.info.run_id} is RUNNING but {why}", f"set it to {status}")
+
+    def _complete(self, run: Run, done: set[str]) -> bool:
+        plan = load_plan(self.layout)
+        if plan is None or plan["space"] != run.data.tags.get(schema.SPACE) or plan["design"] == "search":
+            return False
+        return not plan["waiting_for_tune"] and {t["trial"] for t in plan["trials"]} <= done
 
     def _write(self, record: Record, experiment: str, parent: str) -> None:
         tracker = MlflowTracker(self.uri)

@@ -221,23 +221,29 @@ class MlflowTracker:
         """Send the events that trials of dead processes, or of times without a server, left behind."""
         for path in sorted(spool_path(layout, "any").parent.glob("*.jsonl")):
             spool = Spool(path)
-            record = layout.record(path.stem)
             if not spool.events:
                 spool.remove()
                 continue
-            if record.exists() and not _ends_with_result(spool):
-                done = load_record(record)
-                for evaluation in done.history:
-                    if evaluation.step not in spool.steps:
-                        spool.append(_metrics(evaluation))
-                spool.append(_closing(done, layout.tables_of(path.stem)))
             try:
+                self._complete(spool, layout)
                 Sender(client, spool).send()
-            except MlflowException as error:
+            except (MlflowException, OSError) as error:
                 _log.warning("MLflow is away, %s is kept for later: %s", path.name, _first_line(error))
                 return
             if _ends_with_result(spool):
                 spool.remove()
+
+    @staticmethod
+    def _complete(spool: Spool, layout: Layout) -> None:
+        """Add what a finished trial's process could not write down any more."""
+        record = layout.record(spool.path.stem)
+        if not record.exists() or _ends_with_result(spool):
+            return
+        done = load_record(record)
+        for evaluation in done.history:
+            if evaluation.step not in spool.steps:
+                spool.append(_metrics(evaluation))
+        spool.append(_closing(done, layout.tables_of(spool.path.stem)))
 
 
 class MlflowTrial:
@@ -291,9 +297,15 @@ class MlflowTrial:
         }
         self._append(event, last=True)
 
+    def close(self) -> None:
+        """End the sending thread once it has sent what there is; without it the process would never end."""
+        self._last = True
+        self._wake.put(True)
+
     def _append(self, event: Event, *, last: bool = False) -> None:
-        self._last = self._last or last
         self.spool.append(event)
+        if last:
+            self.close()
         self._wake.put(True)
 
     def _send(self) -> None:
@@ -305,7 +317,7 @@ class MlflowTrial:
             if last or time.monotonic() >= away_until:
                 try:
                     sender.send()
-                except MlflowException as error:
+                except (MlflowException, OSError) as error:  # OSError: a full disk
                     if last:
                         _log.warning("MLflow is away, events are kept for later: %s", _first_line(error))
                         return

@@ -29,7 +29,9 @@ USAGE_PARTS = "usage"
 class Evaluator(pl.Callback):
     """Evaluates at step 0, every `eval_every` steps and at the end; keeps the history and the usage of leaves."""
 
-    def __init__(self, trial: Trial, prepared: Prepared, folder: Path, observer: Observer | None) -> None:
+    def __init__(
+        self, trial: Trial, prepared: Prepared, folder: Path, observer: Observer | None, started: float
+    ) -> None:
         self.trial, self.folder, self.observer = trial, folder, observer
         self.token_bytes = torch.from_numpy(np.asarray(prepared.token_bytes, dtype=np.int64))
         self.history: list[Evaluation] = []
@@ -40,6 +42,8 @@ class Evaluator(pl.Callback):
         self._motion = MotionRecorder() if trial.train.motion else None
         self._training_counts: Tensor | None = None
         self._seconds, self._since, self._step = 0.0, time.perf_counter(), 0
+        # Wall time of earlier attempts, and when (time.perf_counter) this one began.
+        self._earlier, self._started = 0.0, started
 
     def state_dict(self) -> dict[str, Any]:
         """History, clock and counts, as text and tensors so that checkpoints load with weights_only."""
@@ -47,6 +51,7 @@ class Evaluator(pl.Callback):
         return {
             "history": json.dumps(history),
             "seconds": self._seconds + time.perf_counter() - self._since,
+            "spent": self.spent(),
             "training_counts": self._probe.training_counts(),
             "motion": self._motion.state_dict() if self._motion else {},
         }
@@ -54,10 +59,14 @@ class Evaluator(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the history of an interrupted run."""
         self.history = [Evaluation.model_validate(e) for e in json.loads(state_dict["history"])]
-        self._seconds = state_dict["seconds"]
+        self._seconds, self._earlier = state_dict["seconds"], state_dict["spent"]
         self._training_counts = state_dict["training_counts"]
         if self._motion:
             self._motion.load_state_dict(state_dict["motion"])
+
+    def spent(self) -> float:
+        """Wall seconds of the trial over all its attempts, each up to its last checkpoint."""
+        return self._earlier + time.perf_counter() - self._started
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Evaluate the untrained model, unless this run goes on from a checkpoint."""
@@ -81,13 +90,13 @@ class Evaluator(pl.Callback):
         train = self.trial.train
         due = step % train.eval_every == 0 or step == train.steps
         # Reading the flag waits for the device; on a GPU it is read at evaluations only.
-        if (due or pl_module.device.type == "cpu") and not bool(pl_module.finite):
+        if (due or pl_module.device.type == "cpu") and _any(trainer, not bool(pl_module.finite)):
             self._stop(trainer, "diverged", f"the training loss was not finite at step {step}")
             self._evaluate(trainer, pl_module, lost=True)
             return
         if due:
             self._evaluate(trainer, pl_module)
-        asked = self.observer is not None and self.observer.stepped(step, train.steps)
+        asked = _any(trainer, self.observer is not None and self.observer.stepped(step, train.steps))
         if asked and step < train.steps:
             self._stop(trainer, "killed", f"stopped when asked, after step {step}")
         if (step % train.checkpoint_every == 0 or self.status == "killed") and step < train.steps:
@@ -133,7 +142,8 @@ class Evaluator(pl.Callback):
             balance=balance,
         )
         self.history.append(evaluation)
-        if self.observer is not None and self.observer.evaluated(evaluation) and self.status == "finished":
+        given_up = _any(trainer, self.observer is not None and self.observer.evaluated(evaluation))
+        if given_up and self.status == "finished":
             self._stop(trainer, "pruned", f"pruned at step {step}")
         self._since = time.perf_counter()
 
@@ -147,6 +157,11 @@ class Evaluator(pl.Callback):
         trainer.save_checkpoint(partial)
         if trainer.is_global_zero:
             partial.replace(self.folder / LAST)
+
+
+def _any(trainer: pl.Trainer, decision: bool) -> bool:
+    """Whether any rank decided so: all of them go on or stop together."""
+    return trainer.strategy.reduce_boolean_decision(decision, all=False)
 
 
 def _finite(value: float | None) -> float | None:

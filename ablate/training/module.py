@@ -46,10 +46,17 @@ class LanguageModel(pl.LightningModule):
         return loss + self.trial.train.load_loss * torch.stack(losses).mean() if losses else loss
 
     def take_train_loss(self) -> float | None:
-        """Mean training loss since the last call; None when no step was taken."""
-        total, steps = self.loss_sum.tolist()
+        """Mean training loss of all ranks since the last call; None when no step was taken."""
+        total, steps = self._losses().tolist()
         self.loss_sum.zero_()
         return total / steps if steps else None
+
+    def _losses(self) -> Tensor:
+        """`loss_sum` over all ranks."""
+        losses = self.loss_sum.clone()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(losses)
+        return losses
 
     def configure_optimizers(self) -> Any:
         """TreeAdamW with the schedule stepped once per optimizer step."""
@@ -74,12 +81,15 @@ class LanguageModel(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the random states, so that a resumed run draws what an uninterrupted one would."""
+        checkpoint["state_dict"]["loss_sum"] = self._losses()
         checkpoint["rng_cpu"] = torch.get_rng_state()
         if torch.cuda.is_available():
             checkpoint["rng_cuda"] = torch.cuda.get_rng_state_all()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the random states back."""
+        """Put the random states back; one rank takes the others' losses over."""
+        if self.global_rank > 0:
+            checkpoint["state_dict"]["loss_sum"].zero_()
         torch.set_rng_state(checkpoint["rng_cpu"].cpu())
         if torch.cuda.is_available() and "rng_cuda" in checkpoint:
             torch.cuda.set_rng_state_all([state.cpu() for state in checkpoint["rng_cuda"]])

@@ -57,7 +57,7 @@ class TrialResult(Section):
     provenance: Provenance
     tokens_per_second: float
     seconds: float
-    """Wall time of the whole trial."""
+    """Wall time of the whole trial; of one that was interrupted, the sum over its attempts up to what they saved."""
     message: str = ""
     """Why it diverged or stopped, where it did."""
     scores: list[Score] = Field(default_factory=list)

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import time
 import warnings
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from ablate.config import Trial, digest
+from ablate.config import ConfigError, Trial, digest
 from ablate.data.module import TokenData
 from ablate.data.stream import StreamData
 from ablate.data.tokens import Prepared, prepare
@@ -25,9 +26,11 @@ from ablate.evaluation.evaluate import ask, check_tasks
 from ablate.evaluation.scores import Score
 from ablate.kernels import cpu_routes
 from ablate.model.counts import count
+from ablate.training import ranks
 from ablate.training.callbacks import LAST, USAGE_PARTS, Evaluator, calibration_windows
 from ablate.training.checkpoint import read_checkpoint, save_model
 from ablate.training.module import LanguageModel
+from ablate.training.ranks import Place
 from ablate.training.result import Observer, Provenance, TrialResult
 
 USAGE = "usage.parquet"
@@ -52,18 +55,59 @@ def run_trial(
     With `resume`, a `last.ckpt` in `folder` is continued: on a CPU with the same threads the result equals that of an
     uninterrupted run bit for bit. Status is finished, diverged, pruned or killed (asked to stop; `last.ckpt` is written).
     Questions that the trial asks for are asked at the end of a finished run; what each gave is written to items.parquet.
-    Raises ConfigError before any work where the settings or the corpus cannot be used.
+    With `train.devices` over 1 this process is rank 0 of as many, which share its threads. Raises ConfigError before any
+    work where the settings or the corpus cannot be used.
     """
     started = time.perf_counter()
-    if threads is not None:
-        torch.set_num_threads(threads)
+    devices = trial.train.devices
+    _check_devices(trial)
     folder.mkdir(parents=True, exist_ok=True)
-    last = folder / LAST
     if not resume:
-        last.unlink(missing_ok=True)
+        (folder / LAST).unlink(missing_ok=True)
         shutil.rmtree(folder / USAGE_PARTS, ignore_errors=True)
     prepared = prepare(trial.corpus, data_root)
     check_tasks(trial.questions, prepared, data_root / TASKS)
+    if devices == 1:
+        return _run(None, trial, prepared, data_root, folder, threads, observer, started)
+    each = None if threads is None else max(1, threads // devices)
+    others = partial(_other_rank, trial=trial, data_root=data_root, folder=folder, threads=each)
+    with ranks.started(devices, others) as place:
+        return _run(place, trial, prepared, data_root, folder, each, observer, started)
+
+
+def _check_devices(trial: Trial) -> None:
+    train = trial.train
+    if train.strategy == "fsdp":
+        raise ConfigError(
+            "train.strategy is 'fsdp': it is not supported, as decay of single rows and the balance metrics read whole "
+            "weights; 'ddp' is expected"
+        )
+    if torch.cuda.is_available() and train.devices > torch.cuda.device_count():
+        raise ConfigError(
+            f"train.devices is {train.devices}: a worker has {torch.cuda.device_count()} GPUs here; one trial uses at most those"
+        )
+
+
+def _other_rank(place: Place, *, trial: Trial, data_root: Path, folder: Path, threads: int | None) -> None:
+    """A process beside rank 0: trains with it, and leaves what is written and told to it."""
+    prepared = prepare(trial.corpus, data_root)
+    _run(place, trial, prepared, data_root, folder, threads, None, time.perf_counter())
+
+
+def _run(
+    place: Place | None,
+    trial: Trial,
+    prepared: Prepared,
+    data_root: Path,
+    folder: Path,
+    threads: int | None,
+    observer: Observer | None,
+    started: float,
+) -> TrialResult:
+    """The trial in one process, the only one or one of its ranks."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    last = folder / LAST
     torch.manual_seed(trial.init_seed)
     module = LanguageModel(trial, prepared.vocab_size)
     resuming = last.exists()
@@ -82,28 +126,28 @@ def run_trial(
         data: TokenData = StreamData(prepared, trial.corpus, data_root / ".cache", **batches)
     else:
         data = TokenData(prepared, **batches)
-    evaluator = Evaluator(trial, prepared, folder, observer)
-    trainer = _trainer(trial, evaluator, folder)
+    evaluator = Evaluator(trial, prepared, folder, observer, started)
+    trainer = _trainer(trial, evaluator, folder, place)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         trainer.fit(module, datamodule=data, ckpt_path=last if resuming else None, weights_only=True)
     scores: list[Score] = []
-    if trial.questions.tasks and evaluator.status == "finished":
-        # Lightning has put the model back on the CPU.
-        model = module.model.to(trainer.strategy.root_device)
+    device = trainer.strategy.root_device
+    if trial.questions.tasks and evaluator.status == "finished" and trainer.is_global_zero:
+        model = module.model.to(device)  # Lightning has put it back on the CPU
         scores = ask(model, prepared, trial.questions, folder=folder, tasks_folder=data_root / TASKS)
     result = TrialResult(
         config=trial,
         status=evaluator.status,
         history=evaluator.history,
         cost=count(trial, prepared.vocab_size),
-        provenance=_provenance(trial, prepared, module.device),
+        provenance=_provenance(trial, prepared, device),
         tokens_per_second=evaluator.history[-1].tokens / max(evaluator.history[-1].seconds, 1e-9),
-        seconds=time.perf_counter() - started,
+        seconds=evaluator.spent(),
         message=evaluator.message,
         scores=scores,
     )
-    if evaluator.status != "killed":
+    if evaluator.status != "killed" and trainer.is_global_zero:
         _write_usage(evaluator, folder)
         if trial.train.keep_checkpoint and evaluator.status == "finished":
             save_model(folder / MODEL, module.model, trial, prepared.tokenizer_hash)
@@ -111,7 +155,7 @@ def run_trial(
     return result
 
 
-def _trainer(trial: Trial, evaluator: Evaluator, folder: Path) -> pl.Trainer:
+def _trainer(trial: Trial, evaluator: Evaluator, folder: Path, place: Place | None) -> pl.Trainer:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     train = trial.train
     gpu = torch.cuda.is_available()
@@ -119,7 +163,7 @@ def _trainer(trial: Trial, evaluator: Evaluator, folder: Path) -> pl.Trainer:
     return pl.Trainer(
         accelerator="gpu" if gpu else "cpu",
         devices=train.devices,
-        strategy=train.strategy,
+        strategy=ranks.strategy(place) if place else "auto",
         max_steps=train.steps,
         max_epochs=-1,
         precision="bf16-mixed" if bf16 else "32-true",
@@ -141,9 +185,9 @@ def _write_usage(evaluator: Evaluator, folder: Path) -> None:
     if evaluator.trial.train.motion:
         tables[MOTION] = evaluator.motion()
     for name, table in tables.items():
-        partial = folder / f".{name}.partial"
-        table.write_parquet(partial)
-        partial.replace(folder / name)
+        unfinished = folder / f".{name}.partial"
+        table.write_parquet(unfinished)
+        unfinished.replace(folder / name)
     shutil.rmtree(folder / USAGE_PARTS, ignore_errors=True)
 
 

@@ -110,6 +110,20 @@ def descend(
     )
 
 
+def timed(
+    trial: Trial, *, data_root: Path, folder: Path, observer: Observer | None, threads: int | None
+) -> TrialResult:
+    """The same; each process notes which trials it ran, and when, under root/times."""
+    notes = folder.parents[2] / "times"
+    notes.mkdir(exist_ok=True)
+    start = time.time()
+    result = descend(trial, data_root=data_root, folder=folder, observer=observer, threads=threads)
+    with (notes / f"{os.getpid()}.jsonl").open("a") as file:
+        note = {"trial": trial.hash(), "worker": os.getpid(), "start": start, "end": time.time()}
+        file.write(json.dumps(note) + "\n")
+    return result
+
+
 def slow(trial: Trial, *, data_root: Path, folder: Path, observer: Observer | None, threads: int | None) -> TrialResult:
     """The same, slow enough to be interrupted."""
 

@@ -1,4 +1,4 @@
-"""Runs the cheap study in a process of its own: `python -m tests.study.run ROOT WORKERS RUN [SETTINGS as JSON]`."""
+"""Runs the cheap study in a process of its own: `python -m tests.study.run ROOT WORKERS RUN [SETTINGS as JSON] [TRACKING]`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,18 @@ from tests.study import objective
 
 
 def main() -> int:
-    root, workers, run, *settings = sys.argv[1:]
+    root, workers, run, *rest = sys.argv[1:]
+    settings, tracking = [*rest, *("{}", "")[len(rest) :]]
+    tracker = None
+    if tracking:
+        from ablate.tracking.mlflow import MlflowTracker
+
+        tracker = MlflowTracker(tracking)
     try:
-        study = objective.study(**json.loads(settings[0] if settings else "{}"))
-        return run_study(study, Path(root), workers=int(workers), run=getattr(objective, run)).exit_code
+        study = objective.study(**json.loads(settings))
+        return run_study(
+            study, Path(root), workers=int(workers), run=getattr(objective, run), tracker=tracker
+        ).exit_code
     except ConfigError as error:
         print(f"ablate: {error}", file=sys.stderr)
         return 2

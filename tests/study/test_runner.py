@@ -247,18 +247,6 @@ def test_unusable_options_are_refused(tmp_path: Path, options: dict[str, Any], w
         run(tmp_path, **options)
 
 
-@pytest.mark.soak
-def test_five_hundred_trials_on_one_sqlite_file(tmp_path: Path) -> None:
-    settings = {"seeds": list(range(125)), "base": {"train": {"steps": 2, "eval_every": 2}}}
-    started = time.perf_counter()
-    assert run(tmp_path, settings=settings, workers=4) == Outcome(done=500, total=500)
-    seconds = time.perf_counter() - started
-    print(f"500 trials, 4 workers: {seconds:.1f} s, {seconds / 500:.3f} s a trial")
-    queue = Queue(expand(objective.study(**settings)), open_storage(default_storage(tmp_path)))
-    complete = [t.user_attrs["trial"] for t in queue.study.get_trials() if t.state.name == "COMPLETE"]
-    assert len(complete) == len(set(complete)) == 500
-
-
 def test_progress_without_a_terminal_is_a_line_a_trial(undisturbed: Path, tmp_path: Path) -> None:
     from io import StringIO
 

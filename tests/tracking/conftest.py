@@ -1,23 +1,11 @@
-"""A project whose MLflow store is ready: MLflow takes seconds to make one, so that it is made once and copied."""
+"""A project whose MLflow store is ready."""
 
 from __future__ import annotations
 
 import shutil
-import sqlite3
 from pathlib import Path
 
 import pytest
-
-from ablate.tracking.mlflow import prepare_store
-
-
-@pytest.fixture(scope="session")
-def fresh_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("store")
-    prepare_store(f"sqlite:///{folder / 'mlflow.db'}")
-    with sqlite3.connect(folder / "mlflow.db") as connection:
-        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    return folder / "mlflow.db"
 
 
 @pytest.fixture

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
+import json
 import subprocess
 import sys
 import threading
@@ -27,6 +25,7 @@ from ablate.tracking.publish import publish
 from ablate.tracking.spool import Spool
 from ablate.training.result import Evaluation
 from tests.study import objective
+from tests.tracking.server import Server
 
 CARD: dict[str, Any] = {"source": {"source": "stdlib"}, "data_hash": "d" * 12, "splits": {"train": {"tokens": 1}}}
 
@@ -230,40 +229,6 @@ def test_a_database_that_is_none_is_refused(tmp_path: Path) -> None:
         prepare_store(f"sqlite:///{tmp_path / 'mlflow.db'}")
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-class Server:
-    """A real MLflow server on loopback, which can be killed and started again."""
-
-    def __init__(self, root: Path) -> None:
-        self.root, self.port = root, _free_port()
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", default_uri(self.root)]
-        command += ["--artifacts-destination", str(self.root / "state" / "served"), "--host", "127.0.0.1"]
-        command += ["--port", str(self.port), "--workers", "1"]
-        log = (self.root / "server.log").open("ab")
-        self.process = subprocess.Popen(command, start_new_session=True, stdout=log, stderr=log)
-        end = time.monotonic() + 120
-        while time.monotonic() < end:
-            with socket.socket() as client:
-                if client.connect_ex(("127.0.0.1", self.port)) == 0:
-                    return
-            time.sleep(0.2)
-        raise AssertionError((self.root / "server.log").read_text())
-
-    def kill(self) -> None:
-        assert self.process is not None
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-
 @pytest.fixture
 def server(root: Path) -> Iterator[Server]:
     made = Server(root)
@@ -276,17 +241,8 @@ def server(root: Path) -> Iterator[Server]:
 def test_a_server_that_vanishes_costs_no_metric(root: Path, server: Server) -> None:
     study = objective.study(seeds=[0])
     tracker = MlflowTracker(server.uri)
-    code = (
-        "import sys; from pathlib import Path; from ablate.study.runner import run_study\n"
-        "from ablate.tracking.mlflow import MlflowTracker; from tests.study import objective\n"
-        "if __name__ == '__main__':\n"
-        f"    sys.exit(run_study(objective.study(seeds=[0]), Path({str(root)!r}), run=objective.slow, workers=2,"
-        f" tracker=MlflowTracker({server.uri!r})).exit_code)"
-    )
-    script = root / "script.py"
-    script.write_text(code)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    process = subprocess.Popen([sys.executable, str(script)], env=environment)
+    command = [sys.executable, "-m", "tests.study.run", str(root), "2", "slow", json.dumps({"seeds": [0]}), server.uri]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[2])
     layout = Layout(root, "cheap")
     while len(layout.done()) < 1:
         assert process.poll() is None

@@ -1,0 +1,94 @@
+"""Many workers on one database: no trial lost or run twice, and little time spent beside training."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ablate.study.designs import expand
+from ablate.study.queue import Queue, default_storage, open_storage
+from ablate.study.records import Layout
+from ablate.study.runner import Outcome, run_study
+from ablate.tracking.mlflow import MlflowTracker, default_uri
+from tests.study import objective
+from tests.study.postgres import postgres
+
+SHORT: dict[str, Any] = {"seeds": list(range(125)), "base": {"train": {"steps": 2, "eval_every": 2}}}
+MOST_OVERHEAD = 0.5
+"""Seconds a trial of study and tracking together."""
+
+
+def five_hundred(root: Path, storage: str, workers: int) -> None:
+    started = time.perf_counter()
+    study = objective.study(**SHORT)
+    outcome = run_study(study, root, run=objective.timed, workers=workers, storage=storage)
+    seconds = time.perf_counter() - started
+    print(f"500 trials, {workers} workers: {seconds:.1f} s, {seconds / 500:.3f} s a trial")
+    assert outcome == Outcome(done=500, total=500)
+    queue = Queue(expand(study), open_storage(storage))
+    trials = queue.study.get_trials(deepcopy=False)
+    assert [t.state.name for t in trials] == ["COMPLETE"] * 500
+    planned = sorted(t.hash for t in expand(study).trials)
+    assert sorted(t.user_attrs["trial"] for t in trials) == planned
+    assert sorted(t["trial"] for t in times(root)) == planned, "each was run, and run once"
+    assert len({t["worker"] for t in times(root)}) == workers, "every worker had some"
+
+
+def times(root: Path) -> list[dict[str, Any]]:
+    """What `objective.timed` noted: trial, worker, start and end."""
+    return [json.loads(line) for path in (root / "times").iterdir() for line in path.read_text().splitlines()]
+
+
+@pytest.mark.soak
+def test_five_hundred_trials_on_one_sqlite_file(tmp_path: Path) -> None:
+    five_hundred(tmp_path, default_storage(tmp_path), workers=4)
+
+
+@pytest.mark.soak
+@pytest.mark.postgres
+def test_five_hundred_trials_on_postgresql(tmp_path: Path) -> None:
+    with postgres(tmp_path) as url:
+        five_hundred(tmp_path, url, workers=8)
+
+
+@pytest.mark.soak
+def test_study_and_tracking_cost_half_a_second_a_trial_at_most(tmp_path: Path) -> None:
+    """Between the first trial's start and the last one's end, so without imports; summed over both workers."""
+    study = objective.study(seeds=list(range(15)))
+    tracker = MlflowTracker(default_uri(tmp_path))
+    assert run_study(study, tmp_path, run=objective.timed, workers=2, tracker=tracker) == Outcome(done=60, total=60)
+    wall = training = 0.0
+    for worker in {t["worker"] for t in times(tmp_path)}:
+        mine = [t for t in times(tmp_path) if t["worker"] == worker]
+        wall += max(t["end"] for t in mine) - min(t["start"] for t in mine)
+        training += sum(t["end"] - t["start"] for t in mine)
+    overhead = (wall - training) / 60
+    print(f"{overhead:.3f} s a trial beside training")
+    assert Layout(tmp_path, "cheap").done() == {t.hash for t in expand(study).trials}
+    assert overhead <= MOST_OVERHEAD
+
+
+def _claim(storage: str, number: int) -> list[str]:
+    queue = Queue(expand(objective.study(seeds=list(range(20)))), open_storage(storage))
+    claimed = []
+    while claim := queue.claim(f"here:{number}"):
+        claimed.append(str(claim.hash))
+    return claimed
+
+
+@pytest.mark.postgres
+def test_no_trial_is_claimed_twice_on_postgresql(tmp_path: Path) -> None:
+    plan = expand(objective.study(seeds=list(range(20))))
+    with postgres(tmp_path) as url:
+        queue = Queue(plan, open_storage(url))
+        assert queue.reconcile(set(), lambda name: pytest.fail(f"{name} is not done"), "here") == 80
+        with multiprocessing.get_context("spawn").Pool(3) as pool:
+            claims = pool.starmap(_claim, [(url, i) for i in range(3)])
+        queue.storage.engine.dispose()
+    assert sorted(itertools.chain(*claims)) == sorted(t.hash for t in plan.trials)
