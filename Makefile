@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS = true
 export MLFLOW_DISABLE_TELEMETRY = true
 
-.PHONY: repro test lint soak lock clean help
+.PHONY: repro test lint soak brief lock clean help
 
 help: ## Print this list.
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -38,6 +38,9 @@ lint: $(VENV)/.installed-dev ## Style and types.
 
 soak: $(VENV)/.installed-dev ## Long proofs (up to an hour).
 	$(BIN)/python -m pytest -m soak --timeout 3600
+
+brief: $(VENV)/.installed-dev ## The long proofs that CI has time for.
+	ABLATE_KILLS=$${ABLATE_KILLS:-6} $(BIN)/python -m pytest -m soak_short -n 2 --dist load
 
 lock: ## Write constraints.txt anew from the newest allowed versions.
 	rm -rf $(VENV).lock && $(PYTHON) -m venv $(VENV).lock

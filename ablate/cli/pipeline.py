@@ -204,7 +204,7 @@ def study_status(name: Name, as_json: Json = False) -> None:
     """Show how far a study is: trials by state, the best, failures, and the time left while it runs."""
     from ablate.study.status import status
 
-    now = status(name, ROOT)
+    now = status(name, ROOT, os.environ.get("OPTUNA_STORAGE"))
     if as_json:
         print(json.dumps(dataclasses.asdict(now)))
         return

@@ -38,19 +38,19 @@ KILLS_A_ROUND = 5
 DISK = "48m"
 PROCESSES = ("worker", "parent", "all", "polite")
 
-Hit = tuple[str, Callable[["Round"], None]]
+Hit = Callable[["Round"], None]
 
 
 class Round:
     """A study that is run again and again until a run of it ends by itself with every trial done."""
 
-    def __init__(self, root: Path, uri: str, generator: random.Random, log: Path) -> None:
-        self.root, self.uri, self.generator, self.log = root, uri, generator, log
+    def __init__(self, root: Path, uri: str, generator: random.Random, deck: list[str], log: Path) -> None:
+        self.root, self.uri, self.generator, self.deck, self.log = root, uri, generator, deck, log
         self.hits: list[str] = []
         self.process: subprocess.Popen[bytes] | None = None
 
-    def finish(self, kinds: list[Hit], kills: int) -> None:
-        """Hit it `kills` times at most, with `kinds` drawn at random, then let it end."""
+    def finish(self, kinds: dict[str, Hit], kills: int) -> None:
+        """Hit it `kills` times at most, with every kind once before any comes again, then let it end."""
         command = [sys.executable, "-m", "tests.study.run", str(self.root), "2", "slow", "{}", self.uri]
         for _ in range(40):
             began = time.time()
@@ -58,9 +58,10 @@ class Round:
                 self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
             try:
                 while len(self.hits) < kills and self._moment(began):
-                    name, hit = self.generator.choice(kinds)
-                    self.hits.append(name)
-                    hit(self)
+                    if not self.deck:
+                        self.deck += self.generator.sample(sorted(kinds), len(kinds))
+                    self.hits.append(self.deck.pop())
+                    kinds[self.hits[-1]](self)
                 if self.process.wait(timeout=120) == 0 and len(Layout(self.root, "cheap").done()) == 8:
                     return
             except subprocess.TimeoutExpired:
@@ -88,7 +89,7 @@ class Round:
             return False  # It was removed between the two looks.
 
 
-def kill_processes(whom: str) -> Callable[[Round], None]:
+def kill_processes(whom: str) -> Hit:
     """SIGKILL to one worker, to the parent, to all, or a polite SIGTERM to the parent."""
 
     def hit(one: Round) -> None:
@@ -112,7 +113,7 @@ def kill_processes(whom: str) -> Callable[[Round], None]:
     return hit
 
 
-def restart(server: Server) -> Callable[[Round], None]:
+def restart(server: Server) -> Hit:
     """SIGKILL to the MLflow server, which comes back some seconds later."""
 
     def hit(one: Round) -> None:
@@ -155,20 +156,24 @@ def small_disk(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def place(kind: str, folder: Path, store: Path) -> Iterator[tuple[Path, str, list[Hit]]]:
+def place(kind: str, folder: Path, store: Path) -> Iterator[tuple[Path, str, dict[str, Hit]]]:
     """A project's root, its tracking URI, and what may hit a study there."""
-    processes = [(whom, kill_processes(whom)) for whom in PROCESSES]
+    processes = {whom: kill_processes(whom) for whom in PROCESSES}
     if kind == "full disk":
         with small_disk(folder) as root:
             _with_store(root, store)
-            yield root, default_uri(root), [("disk", fill), ("disk", fill), *processes[1:3]]
+            yield root, default_uri(root), {"disk": fill, "all": processes["all"]}
     elif kind == "server":
         served = folder.with_name(f"{folder.name}-served")
         _with_store(served, store)
         server = Server(served)
         server.start()
         try:
-            yield folder, server.uri, [*processes, *[("server", restart(server))] * 4]
+            yield (
+                folder,
+                server.uri,
+                {"server": restart(server), "worker": processes["worker"], "parent": processes["parent"]},
+            )
         finally:
             server.kill()
     else:
@@ -182,6 +187,7 @@ def _with_store(root: Path, store: Path) -> None:
 
 
 @pytest.mark.soak
+@pytest.mark.soak_short
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("kind", "share"), [("processes", 0.4), ("server", 0.35), ("full disk", 0.25)])
 def test_random_kills_lose_and_double_nothing(kind: str, share: float, tmp_path: Path, fresh_store: Path) -> None:
@@ -189,11 +195,12 @@ def test_random_kills_lose_and_double_nothing(kind: str, share: float, tmp_path:
     assert run_study(objective.study(), undisturbed, run=objective.descend) == Outcome(8, 8)
     generator = random.Random(f"{SEED} {kind}")
     survived: list[str] = []
+    deck: list[str] = []
     rounds, wanted = 0, math.ceil(KILLS * share)
     while len(survived) < wanted:
         rounds += 1
         with place(kind, tmp_path / f"round{rounds}", fresh_store) as (root, uri, kinds):
-            one = Round(root, uri, generator, tmp_path / f"round{rounds}.log")
+            one = Round(root, uri, generator, deck, tmp_path / f"round{rounds}.log")
             one.finish(kinds, min(KILLS_A_ROUND, wanted - len(survived)))
             assert table(root) == table(undisturbed)
             check_runs(root, uri)

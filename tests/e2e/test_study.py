@@ -1,20 +1,25 @@
-"""Real trials under a study's care: tracked, reproduced from their log, and killed at random with nothing lost."""
+"""Real trials under a study's care: tracked, at what cost, and reproduced from their log."""
 
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
 
-from ablate.config import Study, parse
-from ablate.study.records import Layout, load_record
+from ablate.config import Study, load_study, parse
+from ablate.study.designs import expand
+from ablate.study.records import Layout, Record, load_record, save_plan
 from ablate.study.runner import Outcome, run_study
 from ablate.study.status import forecast
 from ablate.tracking import schema
-from ablate.tracking.mlflow import MlflowTracker, default_uri
+from ablate.tracking.mlflow import MlflowTracker, MlflowTrial, default_uri
 from ablate.tracking.reproduce import reproduce
+from ablate.training.result import Evaluation
+from ablate.training.trial import run_trial
 
 ROOT = Path(__file__).parents[2]
 TINY = {
@@ -77,3 +82,51 @@ def test_a_forecast_runs_nothing_that_is_kept(project: Path) -> None:
     assert 0 < told.seconds < 600
     assert not Layout(project, "later").results.exists()
     assert not any((project / "state" / "probes").iterdir())
+
+
+class Stopwatch:
+    """Passes a trial's news on to its tracker and adds up the seconds that takes."""
+
+    def __init__(self, tracked: MlflowTrial) -> None:
+        self.tracked, self.seconds = tracked, 0.0
+
+    def evaluated(self, evaluation: Evaluation) -> bool:
+        started = time.perf_counter()
+        stop = self.tracked.evaluated(evaluation)
+        self.seconds += time.perf_counter() - started
+        return stop
+
+    def stepped(self, step: int, total: int) -> bool:
+        return False
+
+
+@pytest.mark.soak
+def test_tracking_costs_two_percent_of_a_nano_trial_at_most(tmp_path: Path) -> None:
+    """Calls on the training thread, the sending thread's CPU time, and from the trial's end to the run's."""
+    study = load_study(ROOT / "studies" / "laptop.yaml")
+    plan, layout = expand(study), Layout(tmp_path, "laptop")
+    save_plan(layout, plan)
+    planned = next(t for t in plan.trials if t.trial.model.feedforward == "tree")
+    tracker = MlflowTracker(default_uri(tmp_path))
+    tracker.start_study(plan, layout, None)
+    started = time.perf_counter()
+    tracked = tracker.open_trial(planned, layout)
+    watch = Stopwatch(tracked)
+    watch.seconds += time.perf_counter() - started
+    folder = layout.folder(planned.hash)
+    result = run_trial(planned.trial, data_root=tmp_path / "data", folder=folder, observer=watch)
+    (sender,) = [t for t in threading.enumerate() if t.name == "mlflow"]
+    assert sender.ident is not None
+    sending = time.clock_gettime(time.pthread_getcpuclockid(sender.ident))
+    ended = time.perf_counter()
+    place = {"study": "laptop", "space": plan.space, "trial": planned.hash, "arm": planned.arm, "kind": planned.kind}
+    record = Record(**dict(result), **place, seed=0, factors={}, run_id=tracked.run_id, leaves={})
+    tracked.finish(record, [folder / "usage.parquet"])
+    sender.join()
+    closing = time.perf_counter() - ended
+    share = (watch.seconds + sending + closing) / result.seconds
+    print(
+        f"tracking: {watch.seconds:.3f} s in calls, {sending:.3f} s sending, {closing:.3f} s closing of {result.seconds:.1f} s"
+    )
+    assert MlflowClient(tracker.uri).get_run(str(record.run_id)).info.status == "FINISHED"
+    assert share <= 0.02

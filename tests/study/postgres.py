@@ -42,6 +42,6 @@ def postgres(folder: Path) -> Iterator[str]:
     control = [str(binaries / "pg_ctl"), "-D", str(data), "-w"]
     call(*control, "-l", str(data / "log"), "-o", settings, "start")
     try:
-        yield f"postgresql+psycopg://ablate@127.0.0.1:{port}/postgres"
+        yield f"postgresql://ablate@127.0.0.1:{port}/postgres"
     finally:
         call(*control, "-m", "immediate", "stop")

@@ -8,14 +8,20 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import polars as pl
 import pytest
+from polars.testing import assert_frame_equal
 
+from ablate.config import load_study
+from ablate.study.engines import available_cpus
 from ablate.study.records import Layout
 from ablate.study.runner import Outcome, run_study
+from ablate.tracking.export import collect
 from tests.study import objective
 from tests.study.test_runner import table
 
 ray = pytest.importorskip("ray")
+TIMING = ["seconds", "tokens_per_second", "train_seconds", "run_id"]
 
 
 @pytest.fixture
@@ -57,3 +63,18 @@ def test_two_nodes_give_the_table_of_local_workers(cluster: object, tmp_path: Pa
     engine = RayEngine(2)
     assert run_study(objective.study(), there, run=objective.slow, engine=engine) == Outcome(8, 8)
     assert table(there) == table(here)
+
+
+@pytest.mark.soak
+def test_the_smoke_study_on_two_nodes_gives_the_table_of_local_workers(cluster: object, tmp_path: Path) -> None:
+    from ablate.study.ray_engine import RayEngine
+
+    study = load_study(Path(__file__).parents[2] / "studies" / "smoke.yaml")
+    here, there, data = tmp_path / "local", tmp_path / "ray", tmp_path / "data"
+    # As many threads as a Ray task has: sums depend on how they are divided.
+    assert run_study(study, here, workers=available_cpus(), data_root=data) == Outcome(6, 6)
+    assert run_study(study, there, data_root=data, engine=RayEngine(2)) == Outcome(6, 6)
+    for name in ("trials", "history", "usage"):
+        tables = [pl.read_parquet(collect("smoke", root) / f"{name}.parquet") for root in (here, there)]
+        one, two = (t.drop(TIMING, strict=False) for t in tables)
+        assert_frame_equal(one, two)

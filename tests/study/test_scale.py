@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import multiprocessing
 import time
 from pathlib import Path
 from typing import Any
@@ -58,6 +56,7 @@ def test_five_hundred_trials_on_postgresql(tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
+@pytest.mark.soak_short
 def test_study_and_tracking_cost_half_a_second_a_trial_at_most(tmp_path: Path) -> None:
     """Between the first trial's start and the last one's end, so without imports; summed over both workers."""
     study = objective.study(seeds=list(range(15)))
@@ -72,23 +71,3 @@ def test_study_and_tracking_cost_half_a_second_a_trial_at_most(tmp_path: Path) -
     print(f"{overhead:.3f} s a trial beside training")
     assert Layout(tmp_path, "cheap").done() == {t.hash for t in expand(study).trials}
     assert overhead <= MOST_OVERHEAD
-
-
-def _claim(storage: str, number: int) -> list[str]:
-    queue = Queue(expand(objective.study(seeds=list(range(20)))), open_storage(storage))
-    claimed = []
-    while claim := queue.claim(f"here:{number}"):
-        claimed.append(str(claim.hash))
-    return claimed
-
-
-@pytest.mark.postgres
-def test_no_trial_is_claimed_twice_on_postgresql(tmp_path: Path) -> None:
-    plan = expand(objective.study(seeds=list(range(20))))
-    with postgres(tmp_path) as url:
-        queue = Queue(plan, open_storage(url))
-        assert queue.reconcile(set(), lambda name: pytest.fail(f"{name} is not done"), "here") == 80
-        with multiprocessing.get_context("spawn").Pool(3) as pool:
-            claims = pool.starmap(_claim, [(url, i) for i in range(3)])
-        queue.storage.engine.dispose()
-    assert sorted(itertools.chain(*claims)) == sorted(t.hash for t in plan.trials)

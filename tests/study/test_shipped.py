@@ -52,6 +52,7 @@ def _last(path: Path) -> Trial:
 
 
 @pytest.mark.soak
+@pytest.mark.soak_short
 @pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
 def test_the_last_arm_of_a_shipped_study_trains(
     path: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from ablate.tracking.mlflow import default_uri
+from ablate.tracking.mlflow import JOBS, default_uri
 
 
 def _free_port() -> int:
@@ -32,7 +32,9 @@ class Server:
         command += ["--artifacts-destination", str(self.root / "state" / "served"), "--host", "127.0.0.1"]
         command += ["--port", str(self.port), "--workers", "1"]
         log = (self.root / "server.log").open("ab")
-        self.process = subprocess.Popen(command, start_new_session=True, stdout=log, stderr=log)
+        # Its job workers, eight processes, serve prompts and traces, which are not used here.
+        environment = {**os.environ, JOBS: "false"}
+        self.process = subprocess.Popen(command, start_new_session=True, stdout=log, stderr=log, env=environment)
         end = time.monotonic() + 120
         while time.monotonic() < end:
             with socket.socket() as client:

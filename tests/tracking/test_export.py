@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
+from sqlalchemy import text
 
 from ablate.balance import metrics, usage
 from ablate.config import ConfigError
 from ablate.evaluation.scores import Score
 from ablate.study.designs import Plan, expand
+from ablate.study.queue import Queue, default_storage, open_storage
 from ablate.study.records import Layout, Record, leaf_deaths, load_record, save_plan, save_record
 from ablate.tracking.export import collect
 from ablate.tracking.schema import BALANCE, HISTORY_SCHEMA, TRIALS_SCHEMA, USAGE_TABLE_SCHEMA
@@ -166,25 +171,53 @@ def test_missing_and_damaged_results_are_one_line(root: Path, damage: str) -> No
     assert "\n" not in str(error.value)
 
 
+def ten_thousand(root: Path) -> None:
+    """Results of 10,000 trials, as large as those of the laptop study, and their rows in Optuna's database."""
+    plan = expand(objective.study(seeds=list(range(2500))))
+    layout = Layout(root, "cheap")
+    save_plan(layout, plan)
+    table = root / "u.parquet"
+    made = record(plan, 0, table)
+    layers = {f"layer{i}/{name}": v for i in range(4) for name, v in metrics.summary(counts(0)).items()}
+    history = [e.model_copy(update={"balance": {**e.balance, **layers}}) for e in made.history] * 2
+    for planned in plan.trials:
+        update = {"trial": planned.hash, "arm": planned.arm, "seed": planned.seed, "history": history}
+        layout.record(planned.hash).write_text(made.model_copy(update=update).model_dump_json(indent=1))
+        shutil.copyfile(table, layout.usage(planned.hash))
+    queue = Queue(plan, open_storage(default_storage(root)))
+    with queue.storage.engine.begin() as connection:
+        for number, planned in enumerate(plan.trials):
+            known = {"id": number + 1, "study": queue.study._study_id, "hash": json.dumps(planned.hash)}
+            connection.execute(text(TRIAL), known)
+            connection.execute(text(ATTRIBUTE), known)
+
+
+TRIAL = "INSERT INTO trials (trial_id, number, study_id, state) VALUES (:id, :id - 1, :study, 'COMPLETE')"
+ATTRIBUTE = "INSERT INTO trial_user_attributes (trial_id, key, value_json) VALUES (:id, 'trial', :hash)"
+
+
 @pytest.mark.soak
 def test_ten_thousand_trials_in_half_a_minute_and_a_gigabyte(tmp_path: Path) -> None:
-    plan = expand(objective.study(seeds=list(range(2500))))
-    layout = Layout(tmp_path, "cheap")
-    save_plan(layout, plan)
-    table = tmp_path / "u.parquet"
-    for index in range(len(plan.trials)):
-        if index < 2:
-            made = record(plan, 0, table)
-        planned = plan.trials[index]
-        named = made.model_copy(update={"trial": planned.hash, "arm": planned.arm, "seed": planned.seed})
-        layout.record(planned.hash).write_text(named.model_dump_json(indent=1))
-        shutil.copyfile(table, layout.usage(planned.hash))
+    ten_thousand(tmp_path)
     code = (
-        "import pathlib, resource, sys; from ablate.tracking.export import collect; "
-        "collect('cheap', pathlib.Path(sys.argv[1])); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        "import atexit, resource, sys; from ablate.cli import main; "
+        "atexit.register(lambda: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)); main()"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], check=True, timeout=30, capture_output=True, text=True
-    )
-    assert int(done.stdout) * 1024 <= 1e9
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    for command, most in ((["study", "status", "cheap"], 2.0), (["collect", "cheap"], 30.0)):
+        started = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-c", code, *command],
+            cwd=tmp_path,
+            env=environment,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        seconds, peak = time.perf_counter() - started, int(done.stderr.split()[-1]) * 1024
+        print(f"{' '.join(command)}: {seconds:.2f} s, {peak / 1e6:.0f} MB")
+        assert seconds <= most, done.stdout
+        assert peak <= 1e9
+        if command[0] == "study":
+            assert "10000 of 10000" in done.stdout
     assert pl.scan_parquet(tmp_path / "tables/cheap/trials.parquet").select(pl.len()).collect().item() == 10_000

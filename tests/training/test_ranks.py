@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import polars as pl
@@ -38,13 +39,15 @@ def run(config: Trial, data_root: Path, folder: Path, observer: StopAt | None = 
     return run_trial(config, data_root=data_root, folder=folder, threads=2, observer=observer)
 
 
-def counts(folder: Path, window: str) -> list[list[int]]:
+def counts(folder: Path, window: usage.Window) -> list[list[int]]:
     """Leaf counts of every evaluation, layer and tree."""
     frame = pl.read_parquet(folder / "usage.parquet").filter(pl.col("window") == window)
     found = usage.counts_from(frame, window)
     return found.reshape(-1, found.shape[-1]).tolist()
 
 
+@pytest.mark.soak
+@pytest.mark.soak_short
 def test_two_processes_equal_one_with_the_joined_batch(data_root: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     joined = run(on_two(devices=1), data_root, one)
@@ -56,10 +59,10 @@ def test_two_processes_equal_one_with_the_joined_batch(data_root: Path, tmp_path
     assert joined.final.train_loss != joined.history[1].train_loss, "it trains"
     assert counts(two, "train") == counts(one, "train")
     assert counts(two, "held_out") == counts(one, "held_out")
-    (a, _, _), (b, _, _) = (load_model(folder / "model.pt") for folder in (one, two))
-    for name, value in a.state_dict().items():
-        torch.testing.assert_close(b.state_dict()[name], value, rtol=0, atol=TOLERANCE, msg=name)
-    assert all(tree.thresholds.abs().max() > 0 for tree in a.trees()), "thresholds moved"
+    (whole, _, _), (shared, _, _) = (load_model(folder / "model.pt") for folder in (one, two))
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(shared.state_dict()[name], value, rtol=0, atol=TOLERANCE, msg=name)
+    assert all(tree.thresholds.abs().max() > 0 for tree in whole.trees()), "thresholds moved"
 
 
 @pytest.mark.soak
@@ -95,8 +98,6 @@ def test_fsdp_is_refused_in_one_line(data_root: Path, tmp_path: Path) -> None:
 def test_seconds_count_every_attempt(data_root: Path, tmp_path: Path) -> None:
     class Tired(StopAt):
         def evaluated(self, evaluation: Evaluation) -> bool:
-            import time
-
             time.sleep(0.5)
             return super().evaluated(evaluation)
 
