@@ -204,7 +204,7 @@ def losses(c: Context) -> View:
     figure, difference = new(7.2, 4.4), new(7.2, 4.2)
     ax, against = figure.subplots(), difference.subplots()
     reference = c.findings["reference"]
-    base = means.filter(pl.col("arm") == reference).select("step", base="bpb")
+    base = means.filter(pl.col("arm").eq_missing(pl.lit(reference))).select("step", base="bpb")
     traces = []
     for arm in arms:
         part, style = means.filter(pl.col("arm") == arm), c.styles.arms[arm]
