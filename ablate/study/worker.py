@@ -226,6 +226,8 @@ class _Attempt:
             tracked.finish(record, self.layout.tables_of(self.hash))
         if not self.planned.trial.train.keep_checkpoint:
             shutil.rmtree(self.folder, ignore_errors=True)
+        for name in self.layout.side_tables(self.hash):  # copied beside the record; only weights stay
+            (self.folder / name).unlink(missing_ok=True)
         self._tell("finished", record=record)
 
     def _stopped(self, tracked: TrialTracker | None) -> None:

@@ -90,6 +90,7 @@ def test_findings_are_logged_once_to_one_run_of_the_study(root: Path) -> None:
     run = publish("cheap", root, ["findings.json", "figures", "index.html"])
     assert run is not None
     (folder / "findings.json").write_text("2")
+    assert run is not None
     assert publish("cheap", root, ["findings.json", "figures", "index.html"]) == run
     assert run_study(study, root, run=objective.descend, tracker=MlflowTracker(uri)).exit_code == 0
     client, found = runs(uri)
