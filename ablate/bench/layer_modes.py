@@ -23,6 +23,7 @@ from ablate.kernels import cpu_routes
 from ablate.kernels.op import tree_feedforward
 
 RUNS = 15
+BLOCK = 5
 
 
 def growth(
@@ -57,8 +58,9 @@ def growth(
 
 
 def scaling(shapes: Sequence[str] = ("A",), *, as_json: bool = False) -> list[dict[str, Any]]:
-    """Forward and backward with 1, 2, 4, ... threads up to the machine's, in turn.
+    """Forward and backward with 1, 2, 4, ... threads up to the machine's, in turn by blocks of BLOCK steps.
 
+    Training never changes its threads from step to step; the first step after a change, with other caches, is not counted.
     Rows: shape, threads, seconds (median), runs, speedup (over one thread).
     """
     most = torch.get_num_threads()
@@ -74,7 +76,7 @@ def scaling(shapes: Sequence[str] = ("A",), *, as_json: bool = False) -> list[di
 
             return call
 
-        times = _in_turn({n: on(n) for n in counts})
+        times = _in_turn({n: on(n) for n in counts}, block=BLOCK)
         for n in counts:
             seconds = statistics.median(times[n])
             row = {"shape": name, "threads": n, "seconds": seconds, "runs": len(times[n])}
@@ -134,14 +136,16 @@ def _step(shape: Shape) -> Callable[[], tuple[Tensor, ...]]:
     return lambda: torch.autograd.grad(tree_feedforward(x, w_in, b, w_out, spec).y, (x, w_in, b, w_out), gy)
 
 
-def _in_turn(calls: dict[Any, Callable[[], object]]) -> dict[Any, list[float]]:
+def _in_turn(calls: dict[Any, Callable[[], object]], block: int = 1) -> dict[Any, list[float]]:
+    """Seconds of RUNS turns of every call after two warm ones; of a turn of several calls the first does not count."""
     times: dict[Any, list[float]] = {key: [] for key in calls}
     for turn in range(RUNS + 2):
         for key, call in calls.items():
-            started = time.perf_counter()
-            call()
-            if turn >= 2:
-                times[key].append(time.perf_counter() - started)
+            for place in range(block):
+                started = time.perf_counter()
+                call()
+                if turn >= 2 and (place > 0 or block == 1):
+                    times[key].append(time.perf_counter() - started)
     return times
 
 

@@ -45,7 +45,6 @@ def main() -> NoReturn:
     """Entry point: a ConfigError is one line on stderr and exit code 2."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "true")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's and Numba's pools take turns instead of spinning
     try:
         app()
     except ConfigError as error:
