@@ -63,6 +63,7 @@ def write_study(
     (root / "studies" / f"{name}.yaml").write_text(yaml.safe_dump(study, sort_keys=False), encoding="utf-8")
     keys = list(dict.fromkeys(itertools.chain.from_iterable(a for a in named.values()))) or list(factors)
     base = {"tree.mirror": 0.0, "tree.placement": "unit", "tree.routing": "sign", "tree.router": "tied"}
+    base["tree.node_backward"] = "own"
     rows: list[dict[str, Any]] = []
     for arm, changes in named.items():
         values = {k: changes.get(k, base.get(k)) for k in keys}
