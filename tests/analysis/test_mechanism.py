@@ -49,7 +49,7 @@ def root(tmp_path: Path) -> Path:
         {"arm": "flip", "endpoint": "dead_frac", "claim": "matches", "margin": 0.05},
         {"arm": "even", "endpoint": "dead_frac", "claim": "lower", "margin": 0.05},
     ]
-    arms = {
+    arms: dict[str, dict[str, Any]] = {
         "flat": {"tree.node_backward": "flat"},
         "flip": {"tree.node_backward": "flip"},
         "even": {"tree.mirror": 1},  # another forward pass: no test of the backward
