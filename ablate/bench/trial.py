@@ -25,7 +25,7 @@ CONTENDERS: dict[str, dict[str, dict[str, Any]]] = {
     "masked": {"train": {"backend": "reference"}},
     "tree_probed": {},
 }
-"""`tree_probed` is the tree with leaf counting of every training step switched on."""
+"""`tree_probed` is the tree with the leaves of every training step counted."""
 BATCH = {"nano": 8, "small": 4}
 VOCABULARY = 2048
 
@@ -35,7 +35,8 @@ def run(
 ) -> list[dict[str, Any]]:
     """Median seconds and tokens/s of `steps` optimizer steps of each contender, taken in turn after two warm-up rounds.
 
-    Rows: preset, contender, threads, tokens, seconds (median of a step), tokens_per_second, ratio (to `tree`, of speed), runs.
+    Rows: preset, contender, threads, tokens, seconds (median of a step), tokens_per_second, tree_speedup (of `tree` over
+    it), probe_share (of the step, spent counting; timed inside it, so that the noise between steps does not matter), runs.
     """
     if threads is not None:
         torch.set_num_threads(threads)
@@ -44,12 +45,14 @@ def run(
         trials = {name: _trial(preset, changes) for name, changes in CONTENDERS.items()}
         calls = {name: _step(trial, BATCH[preset], probed=name == "tree_probed") for name, trial in trials.items()}
         times: dict[str, list[float]] = {name: [] for name in calls}
+        shares: dict[str, list[float]] = {name: [] for name in calls}
         for turn in range(steps + 2):
             for name, call in calls.items():
                 started = time.perf_counter()
-                call()
+                counting = call()
                 if turn >= 2:
                     times[name].append(time.perf_counter() - started)
+                    shares[name].append(counting / times[name][-1])
         tokens = BATCH[preset] * trials["tree"].model.context
         fastest = statistics.median(times["tree"])
         for name, seconds in times.items():
@@ -62,6 +65,7 @@ def run(
                 "seconds": median,
                 "tokens_per_second": tokens / median,
                 "tree_speedup": median / fastest,
+                "probe_share": statistics.median(shares[name]),
                 "runs": len(seconds),
             }
             rows.append(row)
@@ -80,8 +84,8 @@ def _trial(preset: str, changes: dict[str, dict[str, Any]]) -> Trial:
     return Trial.model_validate(merged)
 
 
-def _step(trial: Trial, batch: int, *, probed: bool) -> Callable[[], None]:
-    """One optimizer step on fixed random tokens."""
+def _step(trial: Trial, batch: int, *, probed: bool) -> Callable[[], float]:
+    """One optimizer step on fixed random tokens; returns the seconds that counting leaves took of it."""
     model = Transformer(trial, VOCABULARY)
     optimizer = TreeAdamW(model, trial.train)
     ids = torch.randint(0, VOCABULARY, (batch, trial.model.context + 1), generator=torch.Generator().manual_seed(0))
@@ -89,7 +93,7 @@ def _step(trial: Trial, batch: int, *, probed: bool) -> Callable[[], None]:
     if probed:
         probe.attach(model)
 
-    def step() -> None:
+    def step() -> float:
         logits = model(ids[:, :-1])
         loss = F.cross_entropy(logits.reshape(-1, VOCABULARY), ids[:, 1:].reshape(-1))
         torch.autograd.backward(loss)
@@ -98,13 +102,16 @@ def _step(trial: Trial, batch: int, *, probed: bool) -> Callable[[], None]:
         optimizer.zero_grad()
         for tree in model.trees():
             tree.finish_step()
+        started = time.perf_counter()
+        probe.watch_training()
+        return time.perf_counter() - started
 
     return step
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
     table = Table(title=f"Whole training steps, {rows[0]['threads']} threads, median of {rows[0]['runs']}")
-    for column in ("preset", "contender", "ms a step", "tokens/s", "tree is faster by"):
+    for column in ("preset", "contender", "ms a step", "tokens/s", "tree is faster by", "counting leaves"):
         table.add_column(column, justify="left" if column in {"preset", "contender"} else "right")
     for r in rows:
         table.add_row(
@@ -113,5 +120,6 @@ def _print(rows: list[dict[str, Any]]) -> None:
             f"{r['seconds'] * 1e3:.1f}",
             f"{r['tokens_per_second']:.0f}",
             f"{r['tree_speedup']:.2f}×",
+            f"{r['probe_share']:.1%}",
         )
     Console(file=sys.stdout).print(table)
