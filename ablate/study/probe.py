@@ -86,16 +86,15 @@ class _Clock:
 def _probe(trial: Trial, data_root: Path, folder: Path, threads: int) -> Cost:
     from ablate.training.trial import run_trial
 
-    def short(steps: int) -> Trial:
+    def short(steps: int, **changes: int) -> Trial:
         train = trial.train.model_copy(
-            update={"steps": steps, "eval_every": 5, "checkpoint_every": steps, "keep_checkpoint": False}
+            update={"steps": steps, "eval_every": 10, "checkpoint_every": steps, "keep_checkpoint": False, **changes}
         )
         return trial.model_copy(update={"train": train, "questions": Questions()})
 
     # The first trial of a process also compiles kernels and fills caches; only the second is timed.
-    run_trial(
-        short(2), data_root=data_root, folder=folder.with_name(f"{folder.name}.warm"), threads=threads, resume=False
-    )
+    warm = short(2, eval_tokens=max(4096, 64 * trial.tree.leaves))
+    run_trial(warm, data_root=data_root, folder=folder.with_name(f"{folder.name}.warm"), threads=threads, resume=False)
     clock = _Clock()
     started = time.perf_counter()
     result = run_trial(

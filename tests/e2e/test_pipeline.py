@@ -189,6 +189,7 @@ def test_editing_one_study_runs_that_study_only(project: Path) -> None:
 
 
 @pytest.mark.soak
+@pytest.mark.soak_short
 def test_killed_in_the_middle_and_repeated_gives_the_same_table(project: Path, tmp_path: Path) -> None:
     longer = (
         TINY.replace("steps: 8", "steps: 60")
