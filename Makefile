@@ -39,7 +39,7 @@ lint: $(VENV)/.installed-dev ## Style and types.
 soak: $(VENV)/.installed-dev ## Long proofs (up to an hour).
 	$(BIN)/python -m pytest -m soak --timeout 3600
 
-brief: $(VENV)/.installed-dev ## The long proofs that CI has time for.
+brief: $(VENV)/.installed-dev ## A cut of the long proofs, some minutes long.
 	ABLATE_KILLS=$${ABLATE_KILLS:-6} $(BIN)/python -m pytest -m soak_short -n 2 --dist load
 
 lock: ## Write constraints.txt anew from the newest allowed versions.
