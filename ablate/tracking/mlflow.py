@@ -458,7 +458,7 @@ def _closing(record: Record, tables: Sequence[Path]) -> Event:
             **{name: getattr(record.cost, name) for name in schema.COST},
             **{f"leaves/{name}": value for name, value in record.leaves.items()},
             **{f"trees/{name}": value for name, value in record.trees.items()},
-            **{_name(name): value for name, value in columns(record.scores).items()},
+            **{metric_name(name): value for name, value in columns(record.scores).items()},
         }
     )
     return {
@@ -531,12 +531,12 @@ def _flat(data: Any, prefix: str = "") -> dict[str, str]:
 
 
 def _batches(params: dict[str, str]) -> Iterator[list[Param]]:
-    items = [Param(_name(key), value[:6000]) for key, value in params.items()]
+    items = [Param(metric_name(key), value[:6000]) for key, value in params.items()]
     for start in range(0, len(items), PARAMS_A_BATCH):
         yield items[start : start + PARAMS_A_BATCH]
 
 
-def _name(key: str) -> str:
+def metric_name(key: str) -> str:
     """A parameter's or metric's name with the characters that MLflow takes."""
     return "".join(c if c.isalnum() or c in "_-. :/" else "_" for c in key)[:250]
 

@@ -1,17 +1,23 @@
-"""A study's findings and report as artifacts of its MLflow run."""
+"""What is found after a run, logged to MLflow: a study's findings and report, a trial's evaluation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
 from ablate.config import ConfigError, load_study
-from ablate.study.records import Layout, load_plan
-from ablate.tracking.mlflow import default_uri, experiment_of, prepare_store, study_run
+from ablate.evaluation.scores import Evaluated
+from ablate.study.records import Layout, load_plan, load_record
+from ablate.tracking.mlflow import default_uri, experiment_of, metric_name, prepare_store, study_run
+from ablate.tracking.spool import finite
 
 FOLDER = "report"
+EVALUATION = "evaluation"
 
 
 def publish(study: str, root: Path, names: Iterable[str], *, tracking: str | None = None) -> str | None:
@@ -29,7 +35,7 @@ def publish(study: str, root: Path, names: Iterable[str], *, tracking: str | Non
     if plan is None or "space" not in plan:
         return None
     client = prepare_store(uri)
-    try:
+    with _refused(uri, "the report"):
         experiment = experiment_of(client, uri, layout)
         settings = load_study(root / "studies" / f"{study}.yaml")
         run, made = study_run(client, experiment, settings, plan["space"], plan.get("notes", []))
@@ -40,7 +46,43 @@ def publish(study: str, root: Path, names: Iterable[str], *, tracking: str | Non
                 client.log_artifacts(run, str(path), f"{FOLDER}/{path.name}")
             elif path.exists():
                 client.log_artifact(run, str(path), FOLDER)
+    return run
+
+
+def publish_evaluation(
+    found: Evaluated, files: Iterable[Path], root: Path, *, tracking: str | None = None
+) -> list[str]:
+    """Log an evaluation to the runs of its trial in every study that has it; their ids.
+
+    Values go under `evaluation/<name>`, so that they stand beside what the trial itself measured; `files`
+    become artifacts under `evaluation/`. Evaluating again adds the new values and replaces the files.
+
+    Raises:
+        ConfigError: no usable MLflow answers, or it does not know the run.
+    """
+    root = root.resolve()
+    records = [load_record(path) for path in sorted((root / "results").glob(f"*/{found.trial}.json"))]
+    runs = [record.run_id for record in records if record.run_id is not None]
+    if not runs:
+        return []
+    files = list(files)
+    uri, now = tracking or default_uri(root), time.time_ns() // 1_000_000
+    values = finite(found.metrics())
+    metrics = [Metric(metric_name(f"{EVALUATION}/{name}"), value, now, 0) for name, value in values.items()]
+    client = prepare_store(uri)
+    with _refused(uri, "the evaluation"):
+        for run in runs:
+            client.log_batch(run, metrics=metrics)
+            for path in files:
+                client.log_artifact(run, str(path), EVALUATION)
+    return runs
+
+
+@contextmanager
+def _refused(uri: str, what: str) -> Iterator[None]:
+    """MLflow's errors as one line."""
+    try:
+        yield
     except MlflowException as error:
         reason = str(error).strip().splitlines()[0][:200]
-        raise ConfigError(f"tracking is {uri!r}: the report could not be logged ({reason})") from None
-    return run
+        raise ConfigError(f"tracking is {uri!r}: {what} could not be logged ({reason})") from None

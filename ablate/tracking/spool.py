@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ class Spool:
             return True
 
 
-def finite(values: dict[str, float | None]) -> dict[str, float]:
+def finite(values: Mapping[str, float | None]) -> dict[str, float]:
     """Values that a metric can hold; those that are missing, NaN or infinite are left out."""
     return {key: float(v) for key, v in values.items() if v is not None and math.isfinite(v)}
 

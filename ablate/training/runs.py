@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from ablate.config import ConfigError
+from ablate.config import ConfigError, Trial
 from ablate.training.trial import MODEL
 
 _HASH = re.compile(r"[0-9a-f]{12}")
@@ -27,7 +27,7 @@ def find_checkpoint(run: str, root: Path) -> Path:
     if path.is_file():
         return path
     records = _records(run, root)
-    weights = root / "state" / "trials" / (records[0].stem if records else run) / MODEL
+    weights = _weights(records[0].stem if records else run, root)
     if weights.is_file():
         return weights
     if not records:
@@ -38,6 +38,15 @@ def find_checkpoint(run: str, root: Path) -> Path:
     raise ConfigError(
         f"run {run!r} of study {study!r} kept no weights: set train.keep_checkpoint to true under base and run it again"
     )
+
+
+def is_own(weights: Path, trial: Trial, root: Path) -> bool:
+    """Whether a weights file is what the trial itself left, not a pruned or copied one."""
+    return weights.resolve() == _weights(trial.hash(), root).resolve()
+
+
+def _weights(trial: str, root: Path) -> Path:
+    return root / "state" / "trials" / trial / MODEL
 
 
 def find_usage(run: str, root: Path) -> Path:

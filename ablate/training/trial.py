@@ -200,7 +200,7 @@ def _provenance(trial: Trial, prepared: Prepared, device: torch.device) -> Prove
         git_dirty=dirty,
         data_hash=prepared.data_hash,
         tokenizer_hash=prepared.tokenizer_hash,
-        machine=torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model(),
+        machine=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model(),
         threads=torch.get_num_threads(),
         device=device.type,
         versions=versions,
@@ -232,7 +232,8 @@ def _git() -> tuple[str, bool]:
     return (commit, bool(git("status", "--porcelain", "--", str(here)))) if commit else ("", False)
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """The processor's name, as far as the system tells it."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

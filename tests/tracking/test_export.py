@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +21,7 @@ from ablate.study.records import Layout, Record, leaf_deaths, load_record, save_
 from ablate.tracking.export import collect
 from ablate.tracking.schema import BALANCE, HISTORY_SCHEMA, TRIALS_SCHEMA, USAGE_TABLE_SCHEMA
 from ablate.training.result import Evaluation
+from tests.measured import ablate
 from tests.study import objective
 
 LEAVES = 4
@@ -199,25 +196,10 @@ ATTRIBUTE = "INSERT INTO trial_user_attributes (trial_id, key, value_json) VALUE
 @pytest.mark.soak
 def test_ten_thousand_trials_in_half_a_minute_and_a_gigabyte(tmp_path: Path) -> None:
     ten_thousand(tmp_path)
-    code = (
-        "import atexit, resource, sys; from ablate.cli import main; "
-        "atexit.register(lambda: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)); main()"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    for command, most in ((["study", "status", "cheap"], 2.0), (["collect", "cheap"], 30.0)):
-        started = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-c", code, *command],
-            cwd=tmp_path,
-            env=environment,
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        seconds, peak = time.perf_counter() - started, int(done.stderr.split()[-1]) * 1024
-        print(f"{' '.join(command)}: {seconds:.2f} s, {peak / 1e6:.0f} MB")
-        assert seconds <= most, done.stdout
-        assert peak <= 1e9
-        if command[0] == "study":
-            assert "10000 of 10000" in done.stdout
+    status = ablate("study", "status", "cheap", cwd=tmp_path)
+    assert "10000 of 10000" in status.output
+    collected = ablate("collect", "cheap", cwd=tmp_path)
+    assert status.seconds <= 2.0
+    assert collected.seconds <= 30.0
+    assert max(status.peak, collected.peak) <= 1e9
     assert pl.scan_parquet(tmp_path / "tables/cheap/trials.parquet").select(pl.len()).collect().item() == 10_000

@@ -16,12 +16,13 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 from ablate.config import ConfigError
+from ablate.evaluation.scores import Evaluated, Quality
 from ablate.study.designs import Plan, expand
 from ablate.study.records import Layout, Record, load_record, save_plan, save_record
 from ablate.study.runner import run_study
 from ablate.tracking import schema
 from ablate.tracking.mlflow import MlflowTracker, default_uri, prepare_store, spool_path
-from ablate.tracking.publish import publish
+from ablate.tracking.publish import publish, publish_evaluation
 from ablate.tracking.spool import Spool
 from ablate.training.result import Evaluation
 from tests.study import objective
@@ -100,6 +101,26 @@ def test_findings_are_logged_once_to_one_run_of_the_study(root: Path) -> None:
     assert Path(client.download_artifacts(run, "report/findings.json", str(root))).read_text() == "2"
     with pytest.raises(ConfigError, match="no MLflow answers there"):
         publish("cheap", root, ["findings.json"], tracking="http://127.0.0.1:9")
+
+
+def test_an_evaluation_is_logged_to_the_trials_run_beside_its_own_metrics(root: Path) -> None:
+    uri, study = default_uri(root), objective.study(seeds=[0], factors={"tree.mirror": [0]})
+    assert run_study(study, root, run=objective.descend, tracker=MlflowTracker(uri)).exit_code == 0
+    [trial] = [t.hash for t in expand(study).trials]
+    quality = Quality(corpus="other", data_hash="d" * 12, bpb=2.5, error=float("inf"), tokens=9, bytes=9)
+    found = Evaluated(trial=trial, tokenizer_hash="e" * 12, quality=[quality], scores=[])
+    (root / "evaluation.json").write_text(found.model_dump_json())
+    [run] = publish_evaluation(found, [root / "evaluation.json"], root)
+    client, _ = runs(uri)
+    logged = client.get_run(run).data
+    assert logged.tags[schema.TRIAL] == trial
+    assert logged.metrics["evaluation/bpb/other"] == 2.5
+    assert "evaluation/bpb/other/error" not in logged.metrics, "an error that is not finite is not a number to plot"
+    assert [a.path for a in client.list_artifacts(run, "evaluation")] == ["evaluation/evaluation.json"]
+    assert_complete(uri, root, expand(study))
+    assert publish_evaluation(found.model_copy(update={"trial": "f" * 12}), [], root) == []
+    with pytest.raises(ConfigError, match="no MLflow answers there"):
+        publish_evaluation(found, [], root, tracking="http://127.0.0.1:9")
 
 
 def evaluation(step: int) -> Evaluation:
