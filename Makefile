@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS = true
 export MLFLOW_DISABLE_TELEMETRY = true
 
-.PHONY: repro test lint soak brief lock clean help
+.PHONY: repro figures test lint soak brief lock clean help
 
 help: ## Print this list.
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -27,6 +27,9 @@ $(VENV)/.installed-dev: constraints.txt pyproject.toml | $(BIN)/python
 
 repro: $(VENV)/.installed ## Run the default pipeline: data, study, findings, report.
 	$(BIN)/dvc repro
+
+figures: $(VENV)/.installed ## Draw every published report anew from its stored tables (no training).
+	$(BIN)/ablate figures
 
 test: lint ## Lint, type-check and run the tests (under 8 minutes on 2 cores).
 	$(BIN)/python -m pytest -m "not soak" -n 2 --dist loadfile

@@ -18,6 +18,7 @@ Array = NDArray[np.float64]
 Claim = Literal["lower", "higher", "matches", "differs"]
 ALPHA = 0.05
 _EXACT = 16  # sign-flip enumerates up to 2^16 patterns; above that it samples
+_PATTERNS = 4096  # sign patterns that are held at a time
 
 
 @dataclass(frozen=True)
@@ -112,23 +113,26 @@ def _one_sided(distance: Array, e: Estimate) -> Array:
     return np.where(e.se == 0, np.where(distance > 0, 0.0, 1.0), p)
 
 
-def sign_flip(difference: ArrayLike, rng: np.random.Generator, draws: int = 65536) -> Array:
+def sign_flip(difference: ArrayLike, rng: np.random.Generator, draws: int = 9_999) -> Array:
     """Two-sided sign-flip p of the mean difference [..., n]: exact up to n = 16, sampled (with the +1 correction)
     above.
     """
     d = np.asarray(difference, dtype=float)
     n = d.shape[-1]
-    if n <= _EXACT:
-        bits = (np.arange(2 ** (n - 1))[:, None] >> np.arange(n)) & 1  # the other half mirrors this one
-        signs = 1.0 - 2.0 * bits
-    else:
-        signs = rng.choice([-1.0, 1.0], size=(draws, n))
+    exact = n <= _EXACT
+    patterns = 2 ** (n - 1) if exact else draws  # the other half of the exact ones mirrors this one
     observed = np.abs(d.sum(axis=-1))
     slack = 1e-9 * np.abs(d).sum(axis=-1)  # sums that are equal but for rounding count as ties
     count = np.zeros(d.shape[:-1])
-    for part in np.array_split(signs, max(1, signs.shape[0] // 4096)):
-        count += (np.abs(d @ part.T) >= (observed - slack)[..., None]).sum(axis=-1)
-    return count / signs.shape[0] if n <= _EXACT else (count + 1) / (draws + 1)
+    for first in range(0, patterns, _PATTERNS):
+        rows = min(_PATTERNS, patterns - first)
+        bits = (
+            (np.arange(first, first + rows)[:, None] >> np.arange(n)) & 1
+            if exact
+            else rng.integers(2, size=(rows, n), dtype=np.int8)
+        )
+        count += (np.abs(d @ (1.0 - 2.0 * bits).T) >= (observed - slack)[..., None]).sum(axis=-1)
+    return count / patterns if exact else (count + 1) / (draws + 1)
 
 
 def holm(p: ArrayLike) -> Array:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,11 @@ class Design:
     def residual(self) -> int:
         """Residual degrees of freedom."""
         return int(self.x.shape[0] - self.x.shape[1])
+
+    @cached_property
+    def inverse(self) -> Array:
+        """Inverse of X'X [p, p]."""
+        return np.asarray(np.linalg.inv(self.x.T @ self.x))
 
 
 def design(codes: dict[str, NDArray[np.int64]], seeds: NDArray[np.int64]) -> Design:
@@ -108,8 +114,7 @@ def fit(d: Design, y: Array) -> Fit:
     """Fit outcomes [..., N]; needs at least one residual degree of freedom."""
     if d.residual < 1:
         raise ValueError(f"{d.x.shape[0]} runs leave no residual freedom for {d.x.shape[1]} parameters")
-    inverse = np.linalg.inv(d.x.T @ d.x)
-    hat = inverse @ d.x.T
+    hat = d.inverse @ d.x.T
     beta = y @ hat.T
     residuals = y - beta @ d.x.T
     mse = np.square(residuals).sum(-1) / d.residual
@@ -148,14 +153,14 @@ def anova(d: Design, y: Array) -> list[Test]:
 
 def omega2(d: Design, beta: Array, mse: Array) -> list[Array]:
     """Partial omega squared of every term [...], from coefficients [..., p] and error variances [...]."""
-    inverse = np.linalg.inv(d.x.T @ d.x)
     n = d.x.shape[0]
     out = []
     for term in d.terms:
         rows, df = _rows(d, term)
-        hypothesis = _hypothesis(inverse[np.ix_(rows, rows)], df)
+        inverse = d.inverse[np.ix_(rows, rows)]
+        hypothesis = _hypothesis(inverse, df)
         b = beta[..., rows] @ hypothesis.T
-        weight = np.linalg.inv(hypothesis @ inverse[np.ix_(rows, rows)] @ hypothesis.T)
+        weight = np.linalg.inv(hypothesis @ inverse @ hypothesis.T)
         squares = np.einsum("...i,ij,...j->...", b, weight, b)  # the term's type II sum
         with np.errstate(divide="ignore", invalid="ignore"):
             out.append(np.asarray((squares - df * mse) / (squares + (n - df) * mse)))
@@ -206,15 +211,21 @@ def bootstrap_omega2(d: Design, y: Array, rng: np.random.Generator, draws: int =
         or not (cell[order].reshape(count, -1, len(names)) == cell[order][: len(order) // count]).all()
     ):
         raise ValueError("seeds have different cells: their runs cannot be exchanged")
-    x = d.x[order].reshape(count, -1, d.x.shape[1])
-    by_seed = (y - y.mean())[order].reshape(count, -1)
-    # What seed t's outcomes add to X'y when drawn into place s: a draw is then a sum of `count` of these.
-    added = np.einsum("snp,tn->stp", x, by_seed)
-    squares = np.square(by_seed).sum(-1)
+    by_seed = y[order].reshape(count, -1)
+    by_seed = by_seed - by_seed.mean(
+        1, keepdims=True
+    )  # what the blocks take up, so that only the cells' profile is left
+    tested = np.concatenate([np.arange(d.columns[t].start, d.columns[t].stop) for t in d.terms])
+    cells = d.x[order][: by_seed.shape[1]][:, tested]
+    cells = cells - cells.mean(0)
     picked = rng.integers(count, size=(draws, count))
-    xy = added[np.arange(count), picked].sum(1)
-    beta = np.linalg.solve(d.x.T @ d.x, xy.T).T
-    mse = np.maximum(squares[picked].sum(-1) - np.einsum("dp,dp->d", beta, xy), 0.0) / d.residual
+    often = np.zeros((draws, count))
+    np.add.at(often, (np.arange(draws)[:, None], picked), 1.0)
+    profile = often @ by_seed / count
+    beta = np.zeros((draws, d.x.shape[1]))
+    beta[:, tested] = np.linalg.lstsq(cells, profile.T, rcond=None)[0].T
+    explained = count * np.square(beta[:, tested] @ cells.T).sum(-1)
+    mse = np.maximum(often @ np.square(by_seed).sum(-1) - explained, 0.0) / d.residual
     values = np.array(omega2(d, beta, mse))
     return np.asarray(np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2], axis=1).T)
 

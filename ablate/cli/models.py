@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -55,10 +57,9 @@ def prune(
     from ablate.data.tokens import Prepared
     from ablate.evaluation.bits_per_byte import bits_per_byte
     from ablate.evaluation.evaluate import corpus_of
-    from ablate.study.records import Layout, save_prune
+    from ablate.study.records import save_prune
     from ablate.training.checkpoint import load_model, save_model
-    from ablate.training.runs import find_checkpoint
-    from ablate.training.trial import MODEL
+    from ablate.training.runs import find_checkpoint, is_own
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -93,8 +94,7 @@ def prune(
     path.parent.mkdir(parents=True, exist_ok=True)
     save_model(path, pruned, trial, tokenizer)
     # Only a trial's own weights on its own corpus stand beside its result.
-    own_weights = Layout(ROOT, "").folder(trial.hash()) / MODEL
-    kept = save_prune(ROOT, trial.hash(), report) if data is None and found.resolve() == own_weights.resolve() else []
+    kept = save_prune(ROOT, trial.hash(), report) if data is None and is_own(found, trial, ROOT) else []
     table = report_table(report)
     if as_json:
         print(
@@ -141,11 +141,12 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many questions of each task.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Bits per byte and question answering (EleutherAI's harness) of a trained model."""
+    """Bits per byte and question answering (EleutherAI's harness) of a trained model; a trial's is logged to its run."""
     from ablate.evaluation import evaluate as evaluation
     from ablate.evaluation.tasks import OFFLINE
+    from ablate.tracking.publish import publish_evaluation
     from ablate.training.checkpoint import load_model
-    from ablate.training.runs import find_checkpoint
+    from ablate.training.runs import find_checkpoint, is_own
 
     numbers = [number(part) for part in shots.split(",")]
     path = find_checkpoint(run, ROOT)
@@ -162,6 +163,12 @@ def evaluate(
         tasks_folder=Path("state") / "tasks",
         limit=limit,
     )
+    if is_own(path, trial, ROOT):
+        files = [path.with_name(evaluation.REPORT), path.with_name(evaluation.ITEMS)]
+        try:
+            publish_evaluation(found, files, ROOT, tracking=os.environ.get("MLFLOW_TRACKING_URI"))
+        except ConfigError as error:
+            print(f"ablate: written to {files[0]}, but not logged to MLflow: {error}", file=sys.stderr)
     if as_json:
         print(found.model_dump_json())
     else:

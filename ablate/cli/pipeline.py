@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -138,6 +139,40 @@ def _publish(name: str, files: list[str]) -> None:
         publish(name, ROOT, files, tracking=os.environ.get("MLFLOW_TRACKING_URI"))
     except ConfigError as error:
         print(f"ablate: not logged to MLflow: {error}", file=sys.stderr)
+
+
+@app.command()
+@example("publish laptop")
+def publish(name: Name) -> None:
+    """Keep a study's tables beside its report, in reports/NAME/data, from which `ablate figures` draws it anew."""
+    from ablate.report import published
+
+    print(published.publish(name, ROOT))
+
+
+@app.command()
+@example("figures")
+def figures(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Published studies; all if not given.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw the reports of published studies anew from their kept tables; exit code 1 where any of their data differ."""
+    from ablate.report import published
+
+    known = published.published(ROOT)
+    chosen = among(names, known, "published study") if names else known
+    if not chosen:
+        raise ConfigError("no study is published in 'reports': `ablate publish NAME` does it")
+    with multiprocessing.get_context("spawn").Pool(min(len(chosen), os.cpu_count() or 1)) as pool:
+        found = dict(zip(chosen, pool.starmap(published.redraw, [(name, ROOT) for name in chosen]), strict=True))
+    if as_json:
+        print(json.dumps(found))
+    else:
+        for name, changed in found.items():
+            print(f"{name}: {'differs: ' + ', '.join(changed) if changed else 'the same data'}")
+    raise typer.Exit(1 if any(found.values()) else 0)
 
 
 @app.command()

@@ -15,7 +15,7 @@ from ablate.balance.metrics import bits_lost_by_level
 from ablate.report.context import Context, Usage
 from ablate.report.draw import few_ticks, legend, mark, panels, plain, plotly_mark, strip, wrap
 from ablate.report.parts import Column, Table, View
-from ablate.report.style import DASHES, DEAD, LOAD, MUTED, SIGNED, new
+from ablate.report.style import DASHES, DEAD, LOAD, MUTED, RUNS_AS_LINES, SIGNED, new
 
 RUN_STUDY = "run `ablate study run studies/{name}.yaml`, then `ablate collect {name}`"
 FLOOR, CEIL = -6.0, 3.0  # log2 of load against an even load, as drawn
@@ -125,10 +125,12 @@ def trajectories(c: Context) -> View:
     view.data["trajectories"] = history.select("arm", "seed", "trial", "step", "n_eff_frac", "dead_frac", "bits_lost")
     view.reading = [c.choice] if c.choice else []
     figure, axes = panels(len(c.shown))
+    many = history["trial"].n_unique() > RUNS_AS_LINES
     for i, (ax, arm) in enumerate(zip(axes, c.shown, strict=True)):
         for part in history.filter(pl.col("arm") == arm).partition_by("trial", maintain_order=True):
-            ax.plot(part["step"], part["n_eff_frac"], color="#0072b2", linewidth=1.3, label="n_eff_frac")
-            ax.plot(part["step"], part["dead_frac"], color="#d55e00", linewidth=1.3, linestyle="--", label="dead_frac")
+            look: dict[str, Any] = {"linewidth": 1.3, "rasterized": many, "alpha": 0.3 if many else 1.0}
+            ax.plot(part["step"], part["n_eff_frac"], color="#0072b2", label="n_eff_frac", **look)
+            ax.plot(part["step"], part["dead_frac"], color="#d55e00", linestyle="--", label="dead_frac", **look)
         ax.axhline(0.8, color=MUTED, linewidth=0.8, linestyle=":")
         ax.set_title(wrap(c.labels[arm], 32))
         ax.set_ylim(-0.03, 1.03)

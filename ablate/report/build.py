@@ -131,7 +131,7 @@ def _tables(views: list[View], folder: Path) -> None:
 def _markdown(c: Context, views: list[View]) -> str:
     md = parts.markdown
     lines = [f"# {md(c.findings['title'] or c.tables.name)}", ""]
-    lines += [md(c.findings["notes"]), ""] if c.findings["notes"] else []
+    lines += [parts.markdown_prose(c.findings["notes"]), ""] if c.findings["notes"] else []
     for view in views:
         lines += [f"## {md(view.title)}", "", f"*{md(view.question)}*", ""]
         if view.missing:

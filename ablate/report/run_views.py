@@ -13,7 +13,7 @@ from ablate.analysis.frames import FACTOR
 from ablate.report.context import Context
 from ablate.report.draw import few_ticks, mark, wrap
 from ablate.report.parts import Column, Table, View
-from ablate.report.style import INK, MUTED, PAPER, new
+from ablate.report.style import INK, MUTED, PAPER, RUNS_AS_LINES, new
 
 DOTS = 24  # arms in the seed panel
 EXPLORED = 5000  # runs that the page's explorer holds
@@ -30,12 +30,14 @@ def power(c: Context) -> View:
     arms = [a for a in c.order if a in present]
     arms = arms if len(arms) <= DOTS else [a for a in arms if a in c.shown or c.kinds[a] == "control"]
     figure = new(7.6, 0.27 * len(arms) + 1.2)
+    many = frame.height > RUNS_AS_LINES
     left, right = figure.subplots(1, 2, sharey=True)
     for i, arm in enumerate(arms[::-1]):
         rows = frame.filter(pl.col("arm") == arm).sort("seed")
         for ax, key in ((left, "bpb"), (right, "n_eff_frac")):
             x = rows[key].drop_nulls().to_list()
-            ax.plot(x, [i] * len(x), linestyle="none", markersize=5, alpha=0.85, **mark(c.styles.arms[arm]))
+            look = {"markersize": 5, "alpha": 0.3 if many else 0.85, "rasterized": many}
+            ax.plot(x, [i] * len(x), linestyle="none", **look, **mark(c.styles.arms[arm]))
             if x:
                 ax.plot([np.mean(x)] * 2, [i - 0.3, i + 0.3], color=MUTED, linewidth=1.4)
     left.set_yticks(range(len(arms)), [wrap(c.labels[a], 40) for a in arms[::-1]])
@@ -249,9 +251,8 @@ def limitations(c: Context) -> list[str]:
         out.append("Limitation: one learning rate for all arms.")
     models = {a["total_params"] for a in f["arms"] if a["total_params"] is not None}
     if models:
-        out.append(
-            f"Limitation: models of {min(models):,.0f} to {max(models):,.0f} parameters; nothing here shows that it holds at other sizes."
-        )
+        size = f"{min(models):,.0f}" if len(models) == 1 else f"{min(models):,.0f} to {max(models):,.0f}"
+        out.append(f"Limitation: models of {size} parameters; nothing here shows that it holds at other sizes.")
     return out
 
 
@@ -310,6 +311,7 @@ def _parallel(c: Context, view: View, rows: list[dict[str, Any]], factors: list[
             y,
             color=style.colour if style else MUTED,
             linewidth=0.8,
+            rasterized=len(runs) > RUNS_AS_LINES,
             alpha=max(0.12, min(0.7, 40 / len(runs))),
         )
     for j, k in enumerate(keys):

@@ -60,16 +60,20 @@ RC: Any = {
 }
 
 
+RUNS_AS_LINES = 300
+"""Runs that a figure draws as vectors; the lines or dots of more are a picture inside it, so that a page stays small."""
+
+
 def new(width: float, height: float) -> Figure:
     """An empty figure (inches) with constrained layout; draw inside `mpl.rc_context(RC)`."""
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def svg(figure: Figure) -> str:
-    """SVG text without date or creator, the same for the same figure."""
+    """SVG text without date or creator, the same for the same figure; `dpi` is that of its pictures of many lines."""
     buffer = io.StringIO()
     with mpl.rc_context(RC):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(buffer, format="svg", dpi=160, metadata={"Date": None, "Creator": None})
     return buffer.getvalue().replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, sans-serif")
 
 

@@ -9,15 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-import sqlalchemy
 from filelock import FileLock, Timeout
-from optuna.trial import TrialState
 from pydantic_core import from_json
-from sqlalchemy.engine import make_url
 
 from ablate.config import ConfigError, Study, Trial
 from ablate.study.designs import Plan, expand
-from ablate.study.queue import ERROR, default_storage
 from ablate.study.records import Layout, load_plan, load_record
 from ablate.training.result import Evaluation
 
@@ -85,7 +81,10 @@ def status(name: str, root: Path, storage: str | None = None) -> StudyStatus:
         running=running,
         seconds_left=_left(finished, total) if running else None,
         best=min(scored, key=lambda f: f.bpb or 0.0, default=None),
-        failures=_failures(f"{name}-{plan['space']}", storage or default_storage(root), {f.trial for f in finished}),
+        # Where every planned trial has its result there is nothing to ask the database for.
+        failures=_failures(f"{name}-{plan['space']}", storage, root, {f.trial for f in finished})
+        if search or len(finished) < total
+        else [],
     )
 
 
@@ -203,8 +202,15 @@ def is_live(layout: Layout) -> bool:
         return True
 
 
-def _failures(study: str, storage: str, done: set[str]) -> list[str]:
+def _failures(study: str, storage: str | None, root: Path, done: set[str]) -> list[str]:
     """Errors of failed trials without a result; one query, as loading ten thousand Optuna trials takes seconds."""
+    import sqlalchemy  # half of the time that `status` takes to start
+    from optuna.trial import TrialState
+    from sqlalchemy.engine import make_url
+
+    from ablate.study.queue import ERROR, default_storage
+
+    storage = storage or default_storage(root)
     url = make_url(storage)
     if url.get_backend_name() == "sqlite" and not Path(url.database or "").exists():
         return []

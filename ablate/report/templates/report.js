@@ -199,7 +199,7 @@
       const ends = Object.keys(spec.endpoints);
       const [pick, pair] = select("Pair", pairs.map((p) => p.map((f) => spec.names[f] || f).join(" × ")));
       const [which, endpoint] = select("Endpoint", ends.map((e) => spec.endpoints[e]));
-      const node = el("div", { class: "plot", role: "img" });
+      const node = el("div", { class: "plot", role: "img", "aria-label": "Cell means" });
       host.append(el("div", { class: "bar" }, pick, which), node);
       const show = () => {
         const [a, b] = pairs[pair.value], end = ends[endpoint.value];

@@ -1,0 +1,58 @@
+"""A published study is drawn again from what is kept beside its report, without results, tables or training."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from ablate.config import ConfigError
+from ablate.report.published import publish, published, redraw
+from tests.report.synthetic import write_study
+
+SHIPPED = Path(__file__).parents[2]
+
+
+def test_drawn_again_from_what_is_kept_alone(tmp_path: Path) -> None:
+    write_study(tmp_path, factors={"tree.mirror": [0.0, 1.0]}, controls=False, tune=False, usage=1, diverged=False)
+    kept = publish("demo", tmp_path)
+    assert {p.name for p in kept.iterdir()} == {
+        "study.yaml",
+        "plan.json",
+        "trials.parquet",
+        "history.parquet",
+        "usage.parquet",
+    }
+    assert published(tmp_path) == ["demo"]
+    for folder in ("studies", "results", "tables"):
+        shutil.rmtree(tmp_path / folder)
+    shutil.rmtree(tmp_path / "reports/demo/figures")
+    assert redraw("demo", tmp_path) == []
+    assert (tmp_path / "reports/demo/figures/trajectories.png").stat().st_size > 5000
+    assert [p.name for p in (tmp_path / "reports").iterdir()] == ["demo"], "nothing of the drawing is left behind"
+
+    table = pl.read_parquet(kept / "trials.parquet")
+    table.with_columns(pl.col("bpb") + 0.1 * (pl.col("factor.tree.mirror") == 1)).write_parquet(kept / "trials.parquet")
+    changed = redraw("demo", tmp_path)
+    assert {"findings.json", "tables/pareto.csv", "plots/effects.csv"} <= set(changed)
+
+
+def test_what_is_not_published_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="study 'mine' is not published: none is"):
+        redraw("mine", tmp_path)
+    with pytest.raises(ConfigError, match=r"plan\.json' does not exist"):
+        publish("mine", tmp_path)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", published(SHIPPED))
+def test_the_published_reports_follow_from_their_tables(name: str, tmp_path: Path) -> None:
+    (tmp_path / "reports").mkdir()
+    shutil.copytree(SHIPPED / "reports" / name, tmp_path / "reports" / name)
+    assert redraw(name, tmp_path) == []
+    findings = json.loads((tmp_path / "reports" / name / "findings.json").read_text())
+    assert findings["findings"]
+    assert all(f["run_ids"] for f in findings["findings"])
