@@ -131,13 +131,16 @@ def prose(text: str) -> Markup:
 def markdown_prose(text: str) -> str:
     """A sentence as Markdown, escaped, with `commands` in backticks as code spans."""
     parts = re.split(r"`([^`]+)`", " ".join(text.split()))
-    return "".join(f"`{p}`" if i % 2 else markdown(p) for i, p in enumerate(parts))
+    return "".join(f"`{p}`" if i % 2 else _escaped(p) for i, p in enumerate(parts))
 
 
 def markdown(text: str) -> str:
     """Text with everything that Markdown or HTML would read as markup escaped."""
-    plain = escape(" ".join(text.split()), quote=False)
-    return re.sub(r"([\\`*_{}\[\]|#~$])", r"\\\1", plain)
+    return _escaped(" ".join(text.split()))
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([\\`*_{}\[\]|#~$])", r"\\\1", escape(text, quote=False))
 
 
 def markdown_table(table: Table) -> str:

@@ -134,6 +134,10 @@ def test_hostile_names_stay_text(root: Path) -> None:
     assert "| %{z}" not in latex
 
 
+def test_a_sentence_keeps_the_spaces_around_a_command() -> None:
+    assert parts.markdown_prose("Only a `confirm`\n study | makes *claims*.") == r"Only a `confirm` study \| makes \*claims\*."
+
+
 def test_cells_never_start_a_spreadsheet_formula() -> None:
     frame = pl.DataFrame({"arm": ["=cmd()", "+1", "@x", "plain"], "value": [-1.0, 2.0, 3.0, 4.0]})
     lines = parts.safe_csv(frame).splitlines()
