@@ -135,7 +135,10 @@ def test_hostile_names_stay_text(root: Path) -> None:
 
 
 def test_a_sentence_keeps_the_spaces_around_a_command() -> None:
-    assert parts.markdown_prose("Only a `confirm`\n study | makes *claims*.") == r"Only a `confirm` study \| makes \*claims\*."
+    assert (
+        parts.markdown_prose("Only a `confirm`\n study | makes *claims*.")
+        == r"Only a `confirm` study \| makes \*claims\*."
+    )
 
 
 def test_cells_never_start_a_spreadsheet_formula() -> None:
