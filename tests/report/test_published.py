@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -45,6 +46,23 @@ def test_what_is_not_published_is_said(tmp_path: Path) -> None:
         redraw("mine", tmp_path)
     with pytest.raises(ConfigError, match=r"plan\.json' does not exist"):
         publish("mine", tmp_path)
+
+
+@pytest.mark.parametrize("page", ["README.md", "reports/README.md"])
+def test_every_interval_in_prose_is_a_published_finding(page: str) -> None:
+    text = " ".join((SHIPPED / page).read_text(encoding="utf-8").split())
+    claims = re.findall(r"([+-]\d\.\d+) \(([+-]\d\.\d+) to ([+-]\d\.\d+)", text)
+    assert claims
+    known = [
+        (f["effect"], *f["interval"])
+        for path in SHIPPED.glob("reports/*/findings.json")
+        for f in json.loads(path.read_text(encoding="utf-8"))["findings"]
+        if f["effect"] is not None
+    ]
+    for claim in claims:
+        digits = [len(value.split(".")[1]) for value in claim]
+        printed = {tuple(f"{v:+.{d}f}" for v, d in zip(values, digits, strict=True)) for values in known}
+        assert claim in printed, f"{claim} stands in {page}, and in no reports/*/findings.json"
 
 
 @pytest.mark.soak
