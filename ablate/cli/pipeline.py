@@ -165,8 +165,10 @@ def figures(
     chosen = among(names, known, "published study") if names else known
     if not chosen:
         raise ConfigError("no study is published in 'reports': `ablate publish NAME` does it")
+    slowest_first = sorted(chosen, key=lambda name: -published.size(name, ROOT))
     with multiprocessing.get_context("spawn").Pool(min(len(chosen), os.cpu_count() or 1)) as pool:
-        found = dict(zip(chosen, pool.starmap(published.redraw, [(name, ROOT) for name in chosen]), strict=True))
+        redrawn = pool.starmap(published.redraw, [(name, ROOT) for name in slowest_first], chunksize=1)
+    found = dict(sorted(zip(slowest_first, redrawn, strict=True)))
     if as_json:
         print(json.dumps(found))
     else:
@@ -275,7 +277,12 @@ def doctor(
 @app.command()
 @example("reproduce 3f2b0c9a5d7e4f1b8a6c2d9e0f1a2b3c")
 def reproduce(
-    run_id: Annotated[str, typer.Argument(help="An MLflow run's id.", show_default=False)],
+    run_id: Annotated[
+        str,
+        typer.Argument(
+            help="An MLflow run's id, or that of a run in a published report (8 characters do).", show_default=False
+        ),
+    ],
     as_json: Json = False,
 ) -> None:
     """Run a trial again from its logged settings and compare; exit code 1 where the two differ."""

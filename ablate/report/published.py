@@ -11,6 +11,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import polars as pl
+
 from ablate.config import ConfigError
 from ablate.report.build import build
 
@@ -47,6 +49,11 @@ def publish(name: str, root: Path) -> Path:
 def published(root: Path) -> list[str]:
     """Names of the studies whose tables are kept."""
     return sorted(path.parent.parent.name for path in root.glob(f"reports/*/{DATA}/study.yaml"))
+
+
+def size(name: str, root: Path) -> int:
+    """Trials of a published study: how long it takes to draw, roughly."""
+    return int(pl.scan_parquet(root / "reports" / name / DATA / "trials.parquet").select(pl.len()).collect().item())
 
 
 def redraw(name: str, root: Path) -> list[str]:

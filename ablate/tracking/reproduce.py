@@ -1,4 +1,4 @@
-"""`ablate reproduce RUN_ID`: run a tracked trial again from its logged configuration, and compare."""
+"""`ablate reproduce RUN_ID`: run a tracked or a published trial again from its logged configuration, and compare."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
@@ -15,6 +16,11 @@ from ablate.config import ConfigError, Trial, parse
 from ablate.tracking import schema
 from ablate.tracking.mlflow import default_uri, prepare_store
 from ablate.training.result import TrialResult
+
+PUBLISHED = "reports/*/data/trials.parquet"
+"""Tables that `ablate publish` keeps: a clone has them, and no MLflow database."""
+SHORTEST = 8
+"""Characters that name a published run: what the reports print of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +50,22 @@ class Reproduction:
 
 
 def reproduce(run_id: str, root: Path, *, data_root: Path | None = None, tracking: str | None = None) -> Reproduction:
-    """Run the trial of an MLflow run again, with the threads it had; nothing is kept.
+    """Run a trial again, with the threads it had; nothing is kept.
+
+    Args:
+        run_id: an MLflow run's id, or the id (its first 8 characters will do) of a run in a published report.
+        root: the project; its reports/*/data are searched first, so that a clone needs no MLflow.
 
     Raises:
         ConfigError: there is no such run, it is not a trial's, or its settings are not valid any more.
     """
     from ablate.training.trial import run_trial
 
-    uri = tracking or default_uri(root.resolve())
-    client = prepare_store(uri)
-    trial, tags, before = _logged(client, run_id, uri)
+    found = _published(run_id, root)
+    if found is None:
+        uri = tracking or default_uri(root.resolve())
+        found = _logged(prepare_store(uri), run_id, uri)
+    trial, tags, before = found
     threads = tags.get(schema.THREADS)
     with tempfile.TemporaryDirectory(prefix="ablate-reproduce-") as folder:
         result = run_trial(
@@ -67,11 +79,41 @@ def reproduce(run_id: str, root: Path, *, data_root: Path | None = None, trackin
     return Reproduction(trial.hash(), before, after, _changed(tags, result))
 
 
+def _published(run_id: str, root: Path) -> tuple[Trial, dict[str, str], dict[int, float]] | None:
+    """A published run's settings, tags and bpb by step; None where no published table has it."""
+    if len(run_id) < SHORTEST:
+        return None
+    found: dict[str, tuple[Path, dict[str, Any]]] = {}
+    for path in sorted(root.glob(PUBLISHED)):
+        rows = pl.scan_parquet(path).filter(pl.col("run_id").str.starts_with(run_id)).collect()
+        found |= {row["run_id"]: (path, row) for row in rows.iter_rows(named=True)}
+    if len(found) > 1:
+        raise ConfigError(f"run {run_id!r} could be any of {', '.join(sorted(found))}: give more of its id")
+    if not found:
+        return None
+    path, row = next(iter(found.values()))
+    origin = {
+        schema.GIT_COMMIT: row["git_commit"],
+        schema.GIT_DIRTY: str(row["git_dirty"]).lower(),
+        schema.DATA_HASH: row["data_hash"],
+        schema.TOKENIZER_HASH: row["tokenizer_hash"],
+        schema.MACHINE: row["machine"],
+        schema.DEVICE: row["device"],
+        schema.THREADS: str(row["threads"]),
+    }
+    history = pl.scan_parquet(path.with_name("history.parquet"))
+    evaluations = history.filter(pl.col("trial") == row["trial"], pl.col("bpb").is_not_null()).collect()
+    trial = parse(Trial, json.loads(row["config"]), where=f"run {row['run_id']}")
+    return trial, origin, dict(zip(evaluations["step"].to_list(), evaluations["bpb"].to_list(), strict=True))
+
+
 def _logged(client: MlflowClient, run_id: str, uri: str) -> tuple[Trial, dict[str, str], dict[int, float]]:
     try:
         run = client.get_run(run_id)
     except MlflowException:
-        raise ConfigError(f"run {run_id!r} is unknown at {uri}: give the id of a trial's run") from None
+        raise ConfigError(
+            f"run {run_id!r} is unknown at {uri} and in reports/*/data: give the id of a trial's run"
+        ) from None
     tags = dict(run.data.tags)
     if tags.get(schema.ROLE) != "trial":
         raise ConfigError(f"run {run_id!r} is a {tags.get(schema.ROLE, 'foreign')} run: give the id of a trial's run")

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from pathlib import Path
 
+import polars as pl
 import pytest
 from mlflow.tracking import MlflowClient
 
-from ablate.config import Study, load_study, parse
+from ablate.config import ConfigError, Study, load_study, parse
 from ablate.study.designs import expand
 from ablate.study.records import Layout, Record, load_record, save_plan
 from ablate.study.runner import Outcome, run_study
 from ablate.study.status import forecast
 from ablate.tracking import schema
+from ablate.tracking.export import collect
 from ablate.tracking.mlflow import MlflowTracker, MlflowTrial, default_uri
 from ablate.tracking.reproduce import reproduce
 from ablate.training.result import Evaluation
@@ -52,6 +55,28 @@ def test_a_tracked_trial_is_reproduced_from_its_run_bit_for_bit(project: Path) -
     assert sorted(again.before) == [0, 4, 8]
     assert again.equal, again
     assert set(again.changed) <= {schema.GIT_COMMIT, schema.GIT_DIRTY}, "the same machine, data and threads"
+
+
+def test_a_published_trial_is_reproduced_in_a_clone_without_mlflow(project: Path, tmp_path: Path) -> None:
+    layout = Layout(project, "tiny")
+    record = load_record(layout.record(sorted(layout.done())[0]))
+    assert record.run_id is not None
+    kept = tmp_path / "reports/tiny/data"
+    kept.mkdir(parents=True)
+    for path in collect("tiny", project).glob("*.parquet"):
+        shutil.copyfile(path, kept / path.name)
+    again = reproduce(record.run_id[:8], tmp_path, data_root=project / "data")
+    assert again.trial == record.trial
+    assert sorted(again.before) == [0, 4, 8]
+    assert again.equal, again
+    assert not (tmp_path / "state").exists(), "nothing asked for MLflow"
+
+    history = pl.read_parquet(kept / "history.parquet")
+    history.with_columns(pl.col("bpb") + 1e-12).write_parquet(kept / "history.parquet")
+    assert not reproduce(record.run_id, tmp_path, data_root=project / "data").equal
+    for foreign in ("0123456789abcdef", record.run_id[:7]):
+        with pytest.raises(ConfigError, match=r"is unknown at .* and in reports/\*/data"):
+            reproduce(foreign, tmp_path)
 
 
 def test_real_runs_carry_data_code_and_balance(project: Path) -> None:
