@@ -13,6 +13,7 @@ from ablate.analysis.contrasts import ALPHA, Claim
 from ablate.analysis.factors import analyse_factors
 from ablate.analysis.frames import Tables, canonical, load
 from ablate.analysis.mechanism import mechanism
+from ablate.analysis.pruning import pruning
 from ablate.analysis.verdicts import Comparison, Runs, findings, sentence
 from ablate.config import digest
 
@@ -84,6 +85,11 @@ def compute(tables: Tables) -> dict[str, Any]:
         families.append(
             {"family": "recovered", "adjustment": "bh", "size": len(recovered), "what": what, "alpha": ALPHA}
         )
+    # Random numbers of its own: runs pruned later change nothing else.
+    removal = pruning(tables, names, generator(f"{tables.name}/pruning"))
+    if removal:
+        what = "bpb without dead subtrees, against the whole model and against as many other units removed"
+        families.append({"family": "pruning", "adjustment": "bh", "size": len(removal), "what": what, "alpha": ALPHA})
     reference = arms.reference_arm(tables)
     return {
         "schema": SCHEMA,
@@ -113,6 +119,7 @@ def compute(tables: Tables) -> dict[str, Any]:
         "twins": sections.twins(tables, frame, runs),
         "assay": gap,
         "recovered": recovered,
+        "pruning": removal,
         "exclusions": arms.exclusions(tables),
         "summary": summary(tables, found, summaries),
     }

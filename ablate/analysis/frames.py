@@ -91,7 +91,18 @@ HISTORY_NUMBERS = (
     "saturation",
     "saturation_worst",
 )
-PRUNE = {"arm", "seed", "trial", "run_id", "method", "threshold", "removed_frac", "delta_bpb"}
+PRUNE = {
+    "arm",
+    "seed",
+    "trial",
+    "run_id",
+    "method",
+    "threshold",
+    "removed_frac",
+    "bpb_before",
+    "bpb_after",
+    "delta_bpb",
+}
 STATUSES = {"finished", "diverged", "pruned", "killed"}
 STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 

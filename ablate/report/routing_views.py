@@ -144,6 +144,7 @@ def prune_test(c: Context) -> View:
         Column("runs", "runs", "runs"),
     ]
     view.tables.append(Table("prune_test", "Prune test, means over seeds", columns, rows))
+    view.tables.append(_prune_verdicts(c))
     dead = means.filter(pl.col("method") == "dead")
     free = int(np.sum(np.abs(dead["delta_bpb"].to_numpy()) < c.findings["margin"]))
     view.reading = [
@@ -151,3 +152,34 @@ def prune_test(c: Context) -> View:
         f"{dead.height} arms and thresholds. Paths are chosen on validation text and judged on test text, where there is enough."
     ]
     return view
+
+
+def _prune_verdicts(c: Context) -> Table:
+    """The claims behind the prune test, as findings.json has them."""
+    rows = [
+        {
+            **{
+                k: f[k]
+                for k in ("arm_label", "reference_label", "removed_frac", "verdict", "effect", "p_adjusted", "n")
+            },
+            "low": f["interval"][0] if f["interval"] else None,
+            "high": f["interval"][1] if f["interval"] else None,
+            "claim": f"matches within {f['margin']:g}" if f["claim"] == "matches" else f["claim"],
+            "runs": f["run_ids"],
+        }
+        for f in c.findings["pruning"]
+    ]
+    columns = [
+        Column("arm_label", "model"),
+        Column("removed_frac", "units removed", ".1%"),
+        Column("reference_label", "against"),
+        Column("claim", "claim in bpb"),
+        Column("verdict", "verdict"),
+        Column("effect", "difference in bpb", "+.6f", "paired over runs"),
+        Column("low", "95% from", "+.6f"),
+        Column("high", "to", "+.6f"),
+        Column("p_adjusted", "adjusted p", ".3g"),
+        Column("n", "n", "d"),
+        Column("runs", "runs", "runs"),
+    ]
+    return Table("prune_verdicts", "Does removal cost anything, and less than removing other units?", columns, rows)
