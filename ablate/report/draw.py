@@ -55,8 +55,8 @@ def plotly_mark(style: ArmStyle, size: int = 9) -> dict[str, Any]:
 
 
 def legend(figure: Figure, styles: Styles, *, lines: bool = False, columns: int = 4, controls: bool = True) -> None:
-    """The arms' marks, under the figure; without the dense controls where they are not drawn."""
-    dense = [] if controls else [s for arm, s in styles.arms.items() if arm.startswith("dense_")]
+    """The arms' marks, under the figure; without the controls where they are not drawn as marks."""
+    dense = [] if controls else [s for arm, s in styles.arms.items() if arm == "moe" or arm.startswith("dense_")]
     handles = []
     for name, style in (entry for entry in styles.legend if entry[1] not in dense):
         dash: Any = DASHES[style.dash] if lines else "none"

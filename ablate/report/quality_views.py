@@ -95,7 +95,7 @@ def pareto(c: Context) -> View:
     ax.set_xlim(0, 1.02)
     ax.set_xlabel("effective leaves / L (right is better; dotted: 0.8)")
     ax.set_ylabel("bits per byte (down is better)")
-    legend(figure, c.styles, columns=3)
+    legend(figure, c.styles, columns=3, controls=False)  # lines, named where they are drawn
     what = (
         "small marks are seeds, large ones means (from five seeds on with their 95% ellipse)"
         if dots
