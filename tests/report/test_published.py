@@ -49,21 +49,25 @@ def test_what_is_not_published_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("page", ["README.md", "reports/README.md"])
-def test_every_interval_in_prose_is_a_published_finding(page: str) -> None:
+def test_every_interval_and_its_verdict_in_prose_is_a_published_finding(page: str) -> None:
     text = " ".join((SHIPPED / page).read_text(encoding="utf-8").split())
-    claims = re.findall(r"([+-]\d\.\d+) \(([+-]\d\.\d+) to ([+-]\d\.\d+)", text)
+    interval = r"([+-]\d\.\d+) \(([+-]\d\.\d+) to ([+-]\d\.\d+)"
+    claims = re.findall(interval + r"(?:\)? ?[|(,] ?(supported|refuted|inconclusive))?", text)
     assert claims
     known = [
-        (f["effect"], *f["interval"])
+        (f["verdict"], (f["effect"], *f["interval"]))
         for path in SHIPPED.glob("reports/*/findings.json")
         for data in [json.loads(path.read_text(encoding="utf-8"))]
         for f in data["findings"] + data["pruning"]
         if f["effect"] is not None
     ]
-    for claim in claims:
+    for *claim, verdict in claims:
         digits = [len(value.split(".")[1]) for value in claim]
-        printed = {tuple(f"{v:+.{d}f}" for v, d in zip(values, digits, strict=True)) for values in known}
-        assert claim in printed, f"{claim} stands in {page}, and in no reports/*/findings.json"
+        verdicts = {
+            found for found, values in known if [f"{v:+.{d}f}" for v, d in zip(values, digits, strict=True)] == claim
+        }
+        assert verdicts, f"{claim} stands in {page}, and in no reports/*/findings.json"
+        assert not verdict or verdict in verdicts, f"{claim} is {verdict} in {page}, and {verdicts} as a finding"
 
 
 @pytest.mark.soak
