@@ -109,8 +109,7 @@ def _figures(views: list[View], folder: Path) -> dict[str, str]:
     pictures = {}
     for view in views:
         for name, _, figure in view.figures:
-            figure.draw_without_rendering()
-            figure.set_layout_engine(None)  # laid out once, for both forms
+            style.lay_out(figure)
             pictures[name] = style.svg(figure)
             write(folder / "figures" / f"{name}.svg", pictures[name])
             (folder / "figures" / f"{name}.png").write_bytes(style.png(figure))

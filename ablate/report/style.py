@@ -69,6 +69,14 @@ def new(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def lay_out(figure: Figure) -> None:
+    """Place everything once; without this each form that is saved is laid out anew, which takes longer than drawing it."""
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)
+        figure.set_layout_engine(None)
+
+
 def svg(figure: Figure) -> str:
     """SVG text without date or creator, the same for the same figure; `dpi` is that of its pictures of many lines."""
     buffer = io.StringIO()

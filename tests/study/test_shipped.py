@@ -29,6 +29,7 @@ SHIPPED = {
     "controls",
     "backward",
     "prune",
+    "restored",
 }
 
 
