@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 from matplotlib.cm import ScalarMappable
+from matplotlib.collections import LineCollection
 from matplotlib.colors import Normalize
 
 from ablate.balance.metrics import bits_lost_by_level
@@ -312,12 +313,16 @@ def _draw_tree(ax: Any, u: Usage, layer: int, tree: int) -> bool:
     counts = _heap(u, layer, tree).astype(float)
     share = counts / max(counts[0], 1.0)
     skew = u.skew[-1, layer, tree]
-    for n in range(1, 2 ** (levels + 1) - 1):
-        parent = (n - 1) // 2
-        (x0, y0), (x1, y1) = _place(parent, levels), _place(n, levels)
-        ax.plot(
-            [x0, x1], [y0, y1], color=MUTED, linewidth=0.25 + 7 * share[n], solid_capstyle="round", alpha=0.55, zorder=1
-        )
+    below = np.arange(1, 2 ** (levels + 1) - 1)
+    edges = LineCollection(
+        [(_place((n - 1) // 2, levels), _place(n, levels)) for n in below.tolist()],
+        colors=MUTED,
+        linewidths=0.25 + 7 * share[below],
+        capstyle="round",
+        alpha=0.55,
+        zorder=1,
+    )
+    ax.add_collection(edges)
     inner = np.arange(2**levels - 1)
     spots = np.array([_place(int(n), levels) for n in inner])
     colours = [SIGNED(0.5 + 0.5 * skew[n]) if np.isfinite(skew[n]) else "#b9bcc4" for n in inner]
