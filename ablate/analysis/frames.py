@@ -93,6 +93,7 @@ HISTORY_NUMBERS = (
 )
 PRUNE = {
     "arm",
+    "kind",
     "seed",
     "trial",
     "run_id",

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import polars as pl
 
 from ablate.analysis.frames import Tables
 from ablate.analysis.verdicts import Comparison, Runs, findings
 
-DEAD = "dead"
-OTHERS = {"random": "as many units at random", "magnitude": "as many units of smallest norm"}
+WHOLE, DEAD = "whole", "dead"
+OTHERS = {"random": "about as many units at random", "magnitude": "about as many units of smallest norm"}
 """The other methods of prune.parquet, in words."""
 
 
@@ -21,18 +22,22 @@ def pruning(tables: Tables, labels: dict[str, str], rng: np.random.Generator) ->
     without as many units at random, and of smallest norm. Adjusted as one family (Benjamini-Hochberg); empty where no run
     was pruned.
     """
-    if tables.prune is None or tables.prune.is_empty():
+    if tables.prune is None:
+        return []
+    rows = tables.prune.filter(pl.col("kind") != "tune")  # tuning seeds take no part in comparisons
+    if rows.is_empty():
         return []
     runs, names = Runs({}, {}, {}, {}), dict(labels)
     shares: dict[tuple[str, float], dict[str, list[float]]] = {}
-    for row in tables.prune.sort("arm", "threshold", "method", "seed").iter_rows(named=True):
+    for row in rows.sort("arm", "threshold", "method", "seed").iter_rows(named=True):
         arm, seed, share = row["arm"], row["seed"], row["threshold"]
         label = labels.get(arm, arm)
         key = _key(arm, row["method"], share)
         reached = f"at most {share:.3g} of a tree's tokens reach" if share else "no token reaches"
         names[key] = f"{label} without {OTHERS.get(row['method'], f'subtrees that {reached}')}"
-        names[_key(arm)] = f"{label}, whole"
-        for name, bpb in ((key, row["bpb_after"]), (_key(arm), row["bpb_before"])):
+        whole = _key(arm, WHOLE, share)  # one a threshold: each was pruned and scored on its own
+        names[whole] = f"{label}, whole"
+        for name, bpb in ((key, row["bpb_after"]), (whole, row["bpb_before"])):
             runs.values.setdefault((name, "bpb"), {})[seed] = bpb
             runs.run_ids[name, seed] = row["run_id"]
         shares.setdefault((arm, share), {}).setdefault(row["method"], []).append(row["removed_frac"])
@@ -40,7 +45,7 @@ def pruning(tables: Tables, labels: dict[str, str], rng: np.random.Generator) ->
     about: list[dict[str, Any]] = []
     for (arm, share), removed in shares.items():
         dead = _key(arm, DEAD, share)
-        compared.append(Comparison(dead, _key(arm), "bpb", "matches", tables.study.margin))
+        compared.append(Comparison(dead, _key(arm, WHOLE, share), "bpb", "matches", tables.study.margin))
         compared += [
             Comparison(dead, _key(arm, method, share), "bpb", "lower", tables.study.margin)
             for method in removed
@@ -52,5 +57,5 @@ def pruning(tables: Tables, labels: dict[str, str], rng: np.random.Generator) ->
     return [f | kept | more for f, kept, more in zip(found, once, about, strict=True)]
 
 
-def _key(arm: str, method: str = "whole", share: float = 0.0) -> str:
-    return f"{arm}/{method}" if method == "whole" else f"{arm}/{method}/{share!r}"
+def _key(arm: str, method: str, share: float) -> str:
+    return f"{arm}/{method}/{share!r}"

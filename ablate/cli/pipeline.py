@@ -163,7 +163,7 @@ def figures(
     from ablate.report import published
 
     known = published.published(ROOT)
-    chosen = among(names, known, "published study") if names else known
+    chosen = list(dict.fromkeys(among(names, known, "published study"))) if names else known
     if not chosen:
         raise ConfigError("no study is published in 'reports': `ablate publish NAME` does it")
     slowest_first = sorted(chosen, key=lambda name: -published.size(name, ROOT))

@@ -450,6 +450,7 @@ def _closing(record: Record, tables: Sequence[Path]) -> Event:
         schema.MACHINE: origin.machine,
         schema.DEVICE: origin.device,
         schema.THREADS: str(origin.threads),
+        schema.VERSIONS: json.dumps(origin.versions, sort_keys=True),
     }
     metrics = finite(
         {

@@ -92,15 +92,10 @@ def _published(run_id: str, root: Path) -> tuple[Trial, dict[str, str], dict[int
     if not found:
         return None
     path, row = next(iter(found.values()))
-    origin = {
-        schema.GIT_COMMIT: row["git_commit"],
-        schema.GIT_DIRTY: str(row["git_dirty"]).lower(),
-        schema.DATA_HASH: row["data_hash"],
-        schema.TOKENIZER_HASH: row["tokenizer_hash"],
-        schema.MACHINE: row["machine"],
-        schema.DEVICE: row["device"],
-        schema.THREADS: str(row["threads"]),
-    }
+    names = (schema.GIT_COMMIT, schema.DATA_HASH, schema.TOKENIZER_HASH, schema.MACHINE, schema.DEVICE, schema.VERSIONS)
+    origin = {name: row[name.removeprefix("ablate.")] for name in names}
+    origin |= {schema.GIT_DIRTY: str(row["git_dirty"]).lower(), schema.THREADS: row["threads"]}
+    origin = {name: str(value) for name, value in origin.items() if value is not None}
     history = pl.scan_parquet(path.with_name("history.parquet"))
     evaluations = history.filter(pl.col("trial") == row["trial"], pl.col("bpb").is_not_null()).collect()
     trial = parse(Trial, json.loads(row["config"]), where=f"run {row['run_id']}")
@@ -148,4 +143,9 @@ def _changed(tags: dict[str, str], result: TrialResult) -> dict[str, tuple[str, 
         schema.DEVICE: origin.device,
         schema.THREADS: str(origin.threads),
     }
-    return {key: (tags.get(key, ""), value) for key, value in now.items() if tags.get(key, "") != value}
+    changed = {key: (tags.get(key, ""), value) for key, value in now.items() if tags.get(key, "") != value}
+    then = json.loads(tags.get(schema.VERSIONS, "{}"))
+    for name in sorted(then.keys() | origin.versions.keys() if then else ()):
+        if then.get(name) != origin.versions.get(name):
+            changed[f"{schema.VERSIONS}.{name}"] = (then.get(name, "none"), origin.versions.get(name, "none"))
+    return changed

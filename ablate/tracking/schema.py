@@ -28,6 +28,7 @@ TOKENIZER_HASH = "ablate.tokenizer_hash"
 MACHINE = "ablate.machine"
 DEVICE = "ablate.device"
 THREADS = "ablate.threads"
+VERSIONS = "ablate.versions"  # JSON: package to version
 
 # Metrics at each evaluation, beside the balance metrics of BALANCE and `layer<i>/<name>`.
 BPB = "bpb"

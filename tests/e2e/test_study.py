@@ -10,6 +10,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+import torch
 from mlflow.tracking import MlflowClient
 
 from ablate.config import ConfigError, Study, load_study, parse
@@ -69,11 +70,23 @@ def test_a_published_trial_is_reproduced_in_a_clone_without_mlflow(project: Path
     assert again.trial == record.trial
     assert sorted(again.before) == [0, 4, 8]
     assert again.equal, again
+    assert set(again.changed) <= {schema.GIT_COMMIT, schema.GIT_DIRTY}, "the same machine, data, threads and versions"
     assert not (tmp_path / "state").exists(), "nothing asked for MLflow"
+
+    trials = pl.read_parquet(kept / "trials.parquet")
+    older = trials.with_columns(versions=pl.col("versions").str.replace('"torch": "[^"]*"', '"torch": "1.0"'))
+    older.write_parquet(kept / "trials.parquet")
+    changed = reproduce(record.run_id, tmp_path, data_root=project / "data").changed
+    assert changed[f"{schema.VERSIONS}.torch"] == ("1.0", torch.__version__)
 
     history = pl.read_parquet(kept / "history.parquet")
     history.with_columns(pl.col("bpb") + 1e-12).write_parquet(kept / "history.parquet")
     assert not reproduce(record.run_id, tmp_path, data_root=project / "data").equal
+    twin = pl.read_parquet(kept / "trials.parquet").with_columns(run_id=pl.lit(record.run_id[:12]) + pl.col("arm"))
+    (tmp_path / "reports/twin/data").mkdir(parents=True)
+    twin.write_parquet(tmp_path / "reports/twin/data/trials.parquet")
+    with pytest.raises(ConfigError, match=r"could be any of .*give more of its id"):
+        reproduce(record.run_id[:8], tmp_path)
     for foreign in ("0123456789abcdef", record.run_id[:7]):
         with pytest.raises(ConfigError, match=r"is unknown at .* and in reports/\*/data"):
             reproduce(foreign, tmp_path)

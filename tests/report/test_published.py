@@ -70,6 +70,54 @@ def test_every_interval_and_its_verdict_in_prose_is_a_published_finding(page: st
         assert not verdict or verdict in verdicts, f"{claim} is {verdict} in {page}, and {verdicts} as a finding"
 
 
+ROWS = {
+    "confirm": {
+        "reference": "reference",
+        "centred routing (control, no loss term)": "centred routing",
+        "all four below marked * together": "combination",
+        "depth 3 instead of 6, equal units in all *": "shallow trees",
+        "frozen router *": "frozen router",
+        "nodes only route *": "nodes only route",
+        "even mirror *": "even mirror",
+        "nonlinearity after each tree's sum": "tree placement",
+        "flat gradients of the nodes": "flat node gradients",
+    },
+    "restored": {arm: arm for arm in ("reference", "centred routing", "combination")},
+}
+"""The answer page's two tables of arms, in the order they stand: what a row is called there, and its arm."""
+
+
+def test_the_tables_of_arms_say_what_their_findings_say() -> None:
+    lines = (SHIPPED / "reports/README.md").read_text(encoding="utf-8").splitlines()
+    rows = iter([[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")])
+    for study, arms in ROWS.items():
+        data = json.loads((SHIPPED / f"reports/{study}/findings.json").read_text(encoding="utf-8"))
+        to_reference = [f for f in data["findings"] if (f["family"], f["reference"]) == ("confirm", "reference")]
+        named = {(f["arm"], f["endpoint"]): f for f in to_reference}
+        means, restored = {a["arm"]: a for a in data["arms"]}, {r["arm"]: r for r in data["restored"]}
+        next(row for row in rows if "n_eff_frac" in row)  # the table's head
+        for label, arm in arms.items():
+            name, n_eff, dead, balance, verdict, bpb, cost, *more = next(rows)
+            assert name == label
+            assert n_eff == f"{means[arm]['n_eff_frac']['mean']:.2f}"
+            assert dead == f"{means[arm]['dead_frac']['mean']:.1%}"
+            if arm == "reference":
+                assert bpb == f"{means[arm]['bpb']['mean']:.3f} in all"
+                continue
+            for endpoint, digits, text, word in (("n_eff_frac", 2, balance, verdict), ("bpb", 3, bpb, cost)):
+                if (arm, endpoint) not in named:
+                    assert (text, word) == ("not contrasted", "–")
+                    continue
+                f = named[arm, endpoint]
+                effect, low, high = (f"{v:+.{digits}f}" for v in (f["effect"], *f["interval"]))
+                assert (text, word) == (f"{effect} ({low} to {high})", f["verdict"])
+            if more:
+                assert more[0] == f"{restored[arm]['bpb_bound']:+.4f}"
+                assert ("yes" in more[1]) == restored[arm]["restored"]
+            else:
+                assert not restored[arm]["restored"]
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("name", published(SHIPPED))
 def test_the_published_reports_follow_from_their_tables(name: str, tmp_path: Path) -> None:
