@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 from statistics import median
 
 from filelock import FileLock, Timeout
-from pydantic_core import from_json
+from pydantic import BaseModel
 
 from ablate.config import ConfigError, Study, Trial
 from ablate.study.designs import Plan, expand
@@ -152,6 +153,20 @@ def _shapes(trials: Iterable[Trial]) -> dict[str, Trial]:
     return shapes
 
 
+class _Scored(BaseModel):
+    bpb: float | None
+
+
+class _Shown(BaseModel):
+    """What an index keeps of a record; the rest, nearly all of it, is skipped where it is read and never becomes objects."""
+
+    arm: str
+    seed: int
+    status: str
+    seconds: float
+    history: list[_Scored]
+
+
 def _index(layout: Layout) -> list[Finished]:
     """Finished trials, oldest first, from a cache beside the databases: a record is parsed once in its life."""
     cache = layout.state / "index" / f"{layout.study}.jsonl"
@@ -165,20 +180,21 @@ def _index(layout: Layout) -> list[Finished]:
                 continue  # Cut short by a crash, or of an older version: its record is read again.
             known[one.trial] = one
     fresh = []
+    folder = layout.results
     for name in sorted(done - set(known)):
-        path = layout.record(name)
+        with open(f"{folder}/{name}.json", "rb", buffering=0) as file:  # a Path each would take as long as reading
+            text, at = file.read(), os.fstat(file.fileno()).st_mtime
         try:
-            record = from_json(path.read_bytes())
-            bpb = record["history"][-1]["bpb"]
-            shown = (record["arm"], record["seed"], record["status"], bpb, record["seconds"])
-        except (ValueError, KeyError, TypeError, IndexError):
-            load_record(path)  # Says what is wrong with it.
+            record = _Shown.model_validate_json(text)
+            bpb = record.history[-1].bpb
+        except (ValueError, IndexError):
+            load_record(layout.record(name))  # Says what is wrong with it.
             raise
-        fresh.append(Finished(name, *shown, path.stat().st_mtime))
+        fresh.append(Finished(name, record.arm, record.seed, record.status, bpb, record.seconds, at))
     if fresh:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        with cache.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps({slot: getattr(f, slot) for slot in f.__slots__}) + "\n" for f in fresh)
+        with cache.open("a", encoding="utf-8") as lines:
+            lines.writelines(json.dumps({slot: getattr(f, slot) for slot in f.__slots__}) + "\n" for f in fresh)
     return sorted([f for f in (*known.values(), *fresh) if f.trial in done], key=lambda f: f.at)
 
 
