@@ -31,8 +31,9 @@ repro: $(VENV)/.installed ## Run the default pipeline: data, study, findings, re
 figures: $(VENV)/.installed ## Draw every published report anew from its stored tables (no training).
 	$(BIN)/ablate figures
 
+# Files in their own order: xdist would put those of few tests last, and the longest of all, the interpreter lane, is one.
 test: lint ## Lint, type-check and run the tests (under 8 minutes on 2 cores).
-	$(BIN)/python -m pytest -m "not soak" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not soak" -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed-dev ## Style and types.
 	$(BIN)/ruff check .
