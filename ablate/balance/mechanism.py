@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
-import statsmodels.api as sm  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from scipy import stats
 
@@ -120,6 +119,8 @@ def predict(rows: pl.DataFrame) -> SkewPrediction:
 
     Raises ValueError with fewer than 3 usable seeds: there is nothing to hold out then.
     """
+    import statsmodels.api as sm  # type: ignore[import-untyped] # takes a second that most reports need not wait
+
     seeds, lost = rows["seed"].to_numpy(), rows["lost"].to_numpy()
     base = rows.select(pl.col(*BASE).cast(pl.Float64)).to_numpy()
     full = np.column_stack([base, rows["skew"].to_numpy()])
@@ -169,6 +170,8 @@ def auc(scores: Floats, positive: NDArray[np.bool_]) -> float:
 
 def _scores(x: Floats, y: NDArray[np.bool_], held_out: Floats) -> Floats:
     """Linear predictor on held-out rows, of a logistic regression with a slight ridge (events are few)."""
+    import statsmodels.api as sm
+
     x, held_out = _standard(x, held_out)
     design = sm.add_constant(x, has_constant="add")
     penalty = np.r_[0.0, np.full(x.shape[1], 1.0 / len(x))]

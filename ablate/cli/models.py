@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -50,20 +49,22 @@ def prune(
 
     What a study's trial showed on its own corpus is kept beside its result, for `ablate collect` and the report.
     """
+    from ablate.training.runs import find_checkpoint, is_own
+
+    found = find_checkpoint(run, ROOT)  # before torch is imported, which takes seconds
+
     import torch
 
     from ablate.balance.prune import prune_report, report_table, threshold_share
-    from ablate.data.module import TokenData
-    from ablate.data.tokens import Prepared
+    from ablate.data.tokens import Stream
+    from ablate.data.windows import evaluation_windows
     from ablate.evaluation.bits_per_byte import bits_per_byte
     from ablate.evaluation.evaluate import corpus_of
     from ablate.study.records import save_prune
     from ablate.training.checkpoint import load_model, save_model
-    from ablate.training.runs import find_checkpoint, is_own
 
     if threads is not None:
         torch.set_num_threads(threads)
-    found = find_checkpoint(run, ROOT)
     model, trial, tokenizer = load_model(found)
     share = threshold_share(threshold, trial.tree.leaves)
     own = corpus_of(trial, tokenizer, DATA)
@@ -74,15 +75,13 @@ def prune(
         )
     context = trial.model.context
 
-    def held_out(split: Prepared) -> list[dict[str, torch.Tensor]]:
-        order = {"context": context, "batch_size": 1, "data_seed": 0, "steps": 1}
-        return list(
-            TokenData(split, **order, eval_tokens=tokens, eval_batch_size=max(1, 4096 // context)).val_dataloader()
-        )
+    def held_out(stream: Stream) -> list[dict[str, torch.Tensor]]:
+        windows = evaluation_windows(stream, context, tokens)
+        return [{"tokens": part} for part in torch.split(windows, max(1, 4096 // context))]
 
-    batches = held_out(corpus)
+    batches = held_out(corpus.validation)
     # Paths are chosen on validation text and judged on test text, where there is enough of it.
-    judged = held_out(replace(corpus, validation=corpus.test)) if len(corpus.test) > context else batches
+    judged = held_out(corpus.test) if len(corpus.test) > context else batches
     lengths = torch.tensor(own.token_bytes)
     pruned, report = prune_report(
         model,
@@ -142,14 +141,15 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Bits per byte and question answering (EleutherAI's harness) of a trained model; a trial's is logged to its run."""
-    from ablate.evaluation import evaluate as evaluation
-    from ablate.evaluation.tasks import OFFLINE
-    from ablate.tracking.publish import publish_evaluation
-    from ablate.training.checkpoint import load_model
     from ablate.training.runs import find_checkpoint, is_own
 
     numbers = [number(part) for part in shots.split(",")]
-    path = find_checkpoint(run, ROOT)
+    path = find_checkpoint(run, ROOT)  # before torch is imported, which takes seconds
+
+    from ablate.evaluation import evaluate as evaluation
+    from ablate.evaluation.tasks import OFFLINE
+    from ablate.training.checkpoint import load_model
+
     model, trial, tokenizer = load_model(path)
     own = evaluation.corpus_of(trial, tokenizer, DATA)
     found = evaluation.evaluate(
@@ -164,6 +164,8 @@ def evaluate(
         limit=limit,
     )
     if is_own(path, trial, ROOT):
+        from ablate.tracking.publish import publish_evaluation
+
         files = [path.with_name(evaluation.REPORT), path.with_name(evaluation.ITEMS)]
         try:
             publish_evaluation(found, files, ROOT, tracking=os.environ.get("MLFLOW_TRACKING_URI"))
@@ -186,12 +188,14 @@ def generate(
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Write on from a prompt, with a key-value cache; each token touches one path a tree."""
-    from ablate.evaluation.evaluate import corpus_of
     from ablate.evaluation.generate import Sampling, stream
+
+    sampling = Sampling(temperature=temperature, top_k=top_k, seed=seed)
+
+    from ablate.evaluation.evaluate import corpus_of
     from ablate.training.checkpoint import load_model
     from ablate.training.runs import find_checkpoint
 
-    sampling = Sampling(temperature=temperature, top_k=top_k, seed=seed)
     model, trial, tokenizer = load_model(find_checkpoint(run, ROOT))
     own = corpus_of(trial, tokenizer, DATA)
     print(prompt, end="", flush=True)

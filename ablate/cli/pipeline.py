@@ -76,13 +76,15 @@ def study_run(
     as_json: Json = False,
 ) -> None:
     """Run every trial of a study that has no result yet. Killed? Call it again: it goes on where it stopped."""
+    study = load_study(file)  # before what takes seconds to import
+    among([engine], ["local", "ray"], "engine")
+
     from ablate.study.runner import Engine, run_study
     from ablate.tracking.mlflow import MlflowTracker, default_uri
 
-    study = load_study(file)
     tracker = MlflowTracker(tracking or default_uri(ROOT.resolve()))
     place: Engine | None = None
-    if among([engine], ["local", "ray"], "engine") == ["ray"]:
+    if engine == "ray":
         try:
             from ablate.study.ray_engine import RayEngine
         except ModuleNotFoundError:

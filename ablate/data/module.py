@@ -3,64 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from ablate.config import ConfigError
-from ablate.data.tokens import Prepared, Stream
+from ablate.data.tokens import Prepared
+from ablate.data.windows import DataOrder, evaluation_starts, read
 
 Batch = dict[str, Tensor]
 """{"tokens": int64 [B, T + 1]}: the first T columns are inputs, the last T their targets."""
-
-
-class DataOrder:
-    """Which window of a stream stands at which place of the training order; pure, and the same on every machine.
-
-    The order goes through epochs. In each, the stream is cut on a grid of `context` tokens that starts at a random
-    offset (so that windows differ between epochs), and the windows come in a random order. Places are counted over the
-    whole run and all processes: a batch is a run of places, so however it is split, it holds the same windows.
-    Raises ConfigError if the stream is shorter than one window.
-    """
-
-    def __init__(self, length: int, context: int, seed: int) -> None:
-        if length < context + 1:
-            raise ConfigError(
-                f"model.context is {context}: the training split has {length} tokens, fewer than one window "
-                f"of {context + 1}; use a shorter context or a larger corpus"
-            )
-        self.context, self.seed = context, seed
-        # As many windows as fit at every offset, so that all epochs have the same number of places.
-        self.windows = max(1, (length - context) // context)
-        self.offsets = min(context, length - self.windows * context)
-
-    def starts(self, first: int, count: int) -> npt.NDArray[np.int64]:
-        """Start of the windows at places first … first + count - 1: int64 [count]."""
-        epochs, places = np.divmod(np.arange(first, first + count), self.windows)
-        starts = np.empty(count, np.int64)
-        for epoch in np.unique(epochs):
-            offset, order = _epoch(self.seed, int(epoch), self.windows, self.offsets)
-            of_epoch = epochs == epoch
-            starts[of_epoch] = offset + self.context * order[places[of_epoch]]
-        return starts
-
-
-@lru_cache(maxsize=4)
-def _epoch(seed: int, epoch: int, windows: int, offsets: int) -> tuple[int, npt.NDArray[np.int64]]:
-    """Offset and order of an epoch. Raw bits of a bit generator are fixed by NumPy's policy; `permutation` is not."""
-    bits = np.random.PCG64(np.random.SeedSequence((seed, epoch)))
-    offset = int(bits.random_raw()) % offsets
-    return offset, np.argsort(bits.random_raw(windows), kind="stable")
-
-
-def _read(stream: Stream, starts: npt.NDArray[np.int64], context: int) -> Tensor:
-    """Windows of context + 1 tokens: int64 [len(starts), context + 1]."""
-    return torch.from_numpy(np.stack([stream[s : s + context + 1] for s in starts]).astype(np.int64))
 
 
 class _TrainBatches(IterableDataset[Batch]):
@@ -72,7 +25,7 @@ class _TrainBatches(IterableDataset[Batch]):
         for step in range(data.start_step, data.steps):
             place = (step * self.world_size + self.rank) * data.batch_size
             starts = data.order.starts(place, data.batch_size)
-            yield {"tokens": _read(data.prepared.train, starts, data.context)}
+            yield {"tokens": read(data.prepared.train, starts, data.context)}
 
 
 class _ValidationBatches(IterableDataset[Batch]):
@@ -126,7 +79,7 @@ class TokenData(LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.order = DataOrder(len(prepared.train), context, data_seed)
         self._rank, self._world_size = rank, world_size
-        self._eval_starts = _spread(len(prepared.validation), context, eval_tokens)
+        self._eval_starts = evaluation_starts(len(prepared.validation), context, eval_tokens)
         self._windows: Tensor | None = None
 
     @property
@@ -138,7 +91,7 @@ class TokenData(LightningDataModule):
     def probe_windows(self) -> Tensor:
         """All windows of the evaluation slice, the same for every run on this corpus: int64 [windows, context + 1]."""
         if self._windows is None:
-            self._windows = _read(self.prepared.validation, self._eval_starts, self.context)
+            self._windows = read(self.prepared.validation, self._eval_starts, self.context)
         return self._windows
 
     def train_dataloader(self) -> DataLoader[Batch]:
@@ -160,15 +113,3 @@ class TokenData(LightningDataModule):
         if self.trainer is not None:
             return self.trainer.global_rank, self.trainer.world_size
         return 0, 1
-
-
-def _spread(length: int, context: int, wanted: int) -> npt.NDArray[np.int64]:
-    """Starts of the fewest whole windows that hold the wanted tokens, evenly over a stream, without overlap."""
-    whole = (length - 1) // context
-    if whole < 1:
-        raise ConfigError(
-            f"model.context is {context}: the validation split has {length} tokens, fewer than one window "
-            f"of {context + 1}; use a shorter context, a larger corpus or a larger corpus.validation_share"
-        )
-    count = min(whole, -(-wanted // context))
-    return np.arange(count) * whole // count * context

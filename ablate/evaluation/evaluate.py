@@ -27,8 +27,8 @@ from torch import Tensor
 
 from ablate.config import ConfigError, Questions, Trial
 from ablate.data.codec import Codec
-from ablate.data.module import TokenData
 from ablate.data.tokens import Prepared, load
+from ablate.data.windows import evaluation_windows
 from ablate.evaluation import qa, tasks
 from ablate.evaluation.likelihood import Scorer
 from ablate.evaluation.scores import Evaluated, Quality, Score
@@ -150,12 +150,10 @@ def bits_per_byte_of(model: Transformer, corpus: Prepared, own: Prepared, tokens
     if corpus.tokenizer_hash != own.tokenizer_hash:
         stream = _encoded(corpus.held_out("validation")["text"].to_list(), own.codec)
         corpus = dataclasses.replace(corpus, validation=stream, token_bytes=own.token_bytes, end_id=own.end_id)
-    data = TokenData(
-        corpus, context=model.context, batch_size=1, data_seed=0, steps=1, eval_tokens=tokens,
-        eval_batch_size=max(1, 4096 // model.context), rank=0, world_size=1,
-    )  # fmt: skip
+    windows = evaluation_windows(corpus.validation, model.context, tokens)
+    batches = [{"tokens": part} for part in torch.split(windows, max(1, 4096 // model.context))]
     token_bytes = torch.from_numpy(np.asarray(own.token_bytes, dtype=np.int64))
-    bits, lengths = _window_bits(model.eval(), data.val_dataloader(), token_bytes)
+    bits, lengths = _window_bits(model.eval(), batches, token_bytes)
     if not lengths.sum():
         raise ConfigError(f"corpus {str(corpus.folder)!r} has no byte of validation text to evaluate on")
     bpb, error = _ratio(bits, lengths)
@@ -165,7 +163,7 @@ def bits_per_byte_of(model: Transformer, corpus: Prepared, own: Prepared, tokens
         data_hash=corpus.data_hash,
         bpb=bpb,
         error=error,
-        tokens=data.evaluated_tokens,
+        tokens=windows[:, 1:].numel(),
         bytes=int(lengths.sum()),
     )
 

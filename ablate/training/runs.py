@@ -7,7 +7,9 @@ import re
 from pathlib import Path
 
 from ablate.config import ConfigError, Trial
-from ablate.training.trial import MODEL
+
+MODEL = "model.pt"
+"""The weights a trial leaves in its folder, where it is asked to keep them."""
 
 _HASH = re.compile(r"[0-9a-f]{12}")
 _RUN_ID = re.compile(r"[0-9a-f]{32}")

@@ -32,11 +32,11 @@ from ablate.training.checkpoint import read_checkpoint, save_model
 from ablate.training.module import LanguageModel
 from ablate.training.ranks import Place
 from ablate.training.result import Observer, Provenance, TrialResult
+from ablate.training.runs import MODEL
 
 USAGE = "usage.parquet"
 TREES = "trees.parquet"
 MOTION = "motion.parquet"
-MODEL = "model.pt"
 TASKS = ".cache/tasks"
 EVAL_BATCH_TOKENS = 4096
 
