@@ -16,7 +16,9 @@ import polars as pl
 import pytest
 from mlflow.tracking import MlflowClient
 from polars.testing import assert_frame_equal
+from typer.testing import CliRunner
 
+from ablate.cli.common import app
 from tests.browser import chromium
 
 ROOT = Path(__file__).parents[2]
@@ -148,11 +150,13 @@ def test_the_report_is_logged_to_the_studys_run(project: Path) -> None:
     assert Path(page).read_bytes() == (project / "reports/tiny/index.html").read_bytes()
 
 
-def test_pruned_trials_reach_the_report(project: Path) -> None:
+def test_pruned_trials_reach_the_report(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = pl.read_parquet(project / "tables/tiny/trials.parquet")
     assert not (project / "tables/tiny/prune.parquet").exists()
+    monkeypatch.chdir(project)
     for threshold in ("0", "0.4"):
-        ablate(project, "prune", table["trial"][0], "--threshold", threshold, "--tokens", "1024")
+        done = CliRunner().invoke(app, ["prune", table["trial"][0], "--threshold", threshold, "--tokens", "1024"])
+        assert done.exit_code == 0, done.output
     told = json.loads(ablate(project, "prune", table["run_id"][1], "--threshold", "0.4", "--tokens", "1024", "--json"))
     assert told["results"] == [f"results/tiny/{table['trial'][1]}.prune-0.4.json"]
     assert "'collect@tiny'" in dvc(project, "repro")
@@ -178,7 +182,7 @@ def test_editing_one_study_runs_that_study_only(project: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in (project / "results" / "tiny").glob("*.json") if p.name != "plan.json"}
     (project / "studies/other.yaml").write_text(TINY.replace("[0, 1]", "[1]"))
     (project / "params.yaml").write_text(json.dumps({"studies": ["tiny", "other"]}))
-    dvc(project, "repro")
+    dvc(project, "repro", "collect@other")
     one = trials(project, "other")
     (project / "studies/other.yaml").write_text(TINY.replace("[0, 1]", "[1, 0.5]"))
     said = dvc(project, "repro", "collect@other", "collect@tiny")
