@@ -30,6 +30,7 @@ SHIPPED = {
     "backward",
     "prune",
     "restored",
+    "equal_active",
 }
 
 
