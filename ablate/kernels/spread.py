@@ -91,9 +91,10 @@ def _add_tree(
                 )  # fmt: skip
             tile = tl.min(tl.where(tile_of > tile, tile_of, NO_TILE), axis=0)
     else:
+        first_unit = flat_base + row_base + tl.where(valid, leaf, 0) * width  # NO_LEAF times a width overflows
         for unit in range(width):
             coef = tl.load(c_ptr + at + depth + unit, mask=valid, other=0.0)
-            flat = (flat_base + row_base + leaf * width + unit).to(tl.int64)
+            flat = (first_unit + unit).to(tl.int64)
             w = tl.load(w_ptr + flat[:, None] * d + cols[None, :], mask=inside, other=0.0)
             acc += coef[:, None] * w.to(tl.float32)
     return acc

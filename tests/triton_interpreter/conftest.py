@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import triton.language as tl  # type: ignore[import-untyped]
-import triton.runtime.interpreter as interpreter  # type: ignore[import-untyped]
 
 from tests.kernels.conftest import pytest_generate_tests
 
@@ -41,7 +39,13 @@ def _no_measurements(tmp_path: os.PathLike[str], monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture(autouse=True, scope="session")
 def _patched_once() -> None:
-    """A launch patches triton.language; every call of a device function patched it again, a fifth of all time."""
+    """A launch patches triton.language; every call of a device function patched it again, a fifth of all time.
+
+    Safe to leave out: the nested patch only replaces what the launch's own has replaced by the same.
+    """
+    import triton.language as tl  # type: ignore[import-untyped]
+    import triton.runtime.interpreter as interpreter  # type: ignore[import-untyped]
+
     patch = interpreter._patch_lang
 
     def once(function: Any) -> Any:
@@ -53,9 +57,19 @@ def _patched_once() -> None:
     interpreter._patch_lang = once
 
 
+@pytest.fixture
+def checks_overflow() -> None:
+    """Asked for by tests in which integer sums, differences and products are checked for overflow."""
+
+
 @pytest.fixture(autouse=True)
 def _overflow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Integer sums are checked for overflow, over half of all time, where addresses are: test_races.py and `make soak`."""
-    checked = "soak" in request.keywords or request.path.name == "test_races.py"
-    options = interpreter.InterpreterOptions(sanitize_overflow=checked)
+    """The check takes over half of all time: it is made where it is asked for, and in `make soak`.
+
+    The interpreter's own default computes it and, without `debug`, drops what it found.
+    """
+    import triton.runtime.interpreter as interpreter
+
+    checked = "soak" in request.keywords or "checks_overflow" in request.fixturenames
+    options = interpreter.InterpreterOptions(debug=checked, sanitize_overflow=checked)
     monkeypatch.setattr(interpreter.interpreter_builder, "options", options)

@@ -8,12 +8,14 @@ import pytest
 import torch
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
+from triton.runtime.errors import InterpreterError  # type: ignore[import-untyped]
 
 from ablate.kernels import launch
 from ablate.kernels.spec import TreeSpec
 from tests.kernels.contract import Case, Layer
 from tests.triton_interpreter.races import recorded
 
+pytestmark = pytest.mark.usefixtures("checks_overflow")
 TWO_STAGES: dict[str, Any] = {"trees": 2, "depth": 4, "leaf_width": 1}
 ONE_STAGE: dict[str, Any] = {"trees": 3, "depth": 3, "leaf_width": 3}
 
@@ -62,6 +64,19 @@ def _straying(out_ptr, block: tl.constexpr):  # type: ignore[no-untyped-def]
     """Reads one element past the end."""
     i = tl.program_id(0)
     tl.store(out_ptr + i, tl.load(out_ptr + i + 1))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _overflowing(out_ptr, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Doubles an int32 that is too large for it."""
+    value = tl.load(out_ptr)
+    tl.store(out_ptr, value + value)
+
+
+def test_an_overflow_is_seen() -> None:
+    out = torch.full((1,), 2**30, dtype=torch.int32)
+    with pytest.raises(InterpreterError, match="overflow"):
+        _overflowing[(1,)](out, block=1)
 
 
 @pytest.mark.parametrize(
