@@ -66,6 +66,20 @@ def test_rooms_do_not_load(rooms: tuple[str, ...], forbidden: tuple[str, ...]) -
 
 
 @pytest.mark.parametrize(
+    ("modules", "forbidden"),
+    [
+        ("ablate.cli, ablate.training.runs", ("torch", "mlflow", "scipy")),
+        ("ablate.evaluation.evaluate, ablate.balance.prune, ablate.training.checkpoint", ("lightning", "statsmodels")),
+    ],
+    ids=["a-wrong-name-is-told-at-once", "a-trained-model-is-used-without-lightning"],
+)
+def test_slow_libraries_wait_until_they_are_needed(modules: str, forbidden: tuple[str, ...]) -> None:
+    code = f"import sys, {modules}\nprint([m for m in {forbidden} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
     "name", [m.name for m in pkgutil.walk_packages(ablate.__path__, "ablate.") if not m.name.endswith("__main__")]
 )
 def test_every_module_imports(name: str) -> None:

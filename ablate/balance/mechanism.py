@@ -170,7 +170,7 @@ def auc(scores: Floats, positive: NDArray[np.bool_]) -> float:
 
 def _scores(x: Floats, y: NDArray[np.bool_], held_out: Floats) -> Floats:
     """Linear predictor on held-out rows, of a logistic regression with a slight ridge (events are few)."""
-    import statsmodels.api as sm
+    import statsmodels.api as sm  # as in `predict`
 
     x, held_out = _standard(x, held_out)
     design = sm.add_constant(x, has_constant="add")

@@ -56,8 +56,7 @@ def prune(
     import torch
 
     from ablate.balance.prune import prune_report, report_table, threshold_share
-    from ablate.data.tokens import Stream
-    from ablate.data.windows import evaluation_windows
+    from ablate.data.windows import evaluation_batches
     from ablate.evaluation.bits_per_byte import bits_per_byte
     from ablate.evaluation.evaluate import corpus_of
     from ablate.study.records import save_prune
@@ -75,13 +74,9 @@ def prune(
         )
     context = trial.model.context
 
-    def held_out(stream: Stream) -> list[dict[str, torch.Tensor]]:
-        windows = evaluation_windows(stream, context, tokens)
-        return [{"tokens": part} for part in torch.split(windows, max(1, 4096 // context))]
-
-    batches = held_out(corpus.validation)
+    batches = evaluation_batches(corpus.validation, context, tokens)
     # Paths are chosen on validation text and judged on test text, where there is enough of it.
-    judged = held_out(corpus.test) if len(corpus.test) > context else batches
+    judged = evaluation_batches(corpus.test, context, tokens) if len(corpus.test) > context else batches
     lengths = torch.tensor(own.token_bytes)
     pruned, report = prune_report(
         model,
@@ -188,15 +183,16 @@ def generate(
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Write on from a prompt, with a key-value cache; each token touches one path a tree."""
-    from ablate.evaluation.generate import Sampling, stream
-
-    sampling = Sampling(temperature=temperature, top_k=top_k, seed=seed)
-
-    from ablate.evaluation.evaluate import corpus_of
-    from ablate.training.checkpoint import load_model
     from ablate.training.runs import find_checkpoint
 
-    model, trial, tokenizer = load_model(find_checkpoint(run, ROOT))
+    path = find_checkpoint(run, ROOT)  # before torch is imported, which takes seconds
+
+    from ablate.evaluation.evaluate import corpus_of
+    from ablate.evaluation.generate import Sampling, stream
+    from ablate.training.checkpoint import load_model
+
+    sampling = Sampling(temperature=temperature, top_k=top_k, seed=seed)
+    model, trial, tokenizer = load_model(path)
     own = corpus_of(trial, tokenizer, DATA)
     print(prompt, end="", flush=True)
     for piece in stream(model, own.codec, prompt, max_tokens=max_tokens, sampling=sampling):

@@ -10,10 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from ablate.data.tokens import Prepared
-from ablate.data.windows import DataOrder, evaluation_starts, read
-
-Batch = dict[str, Tensor]
-"""{"tokens": int64 [B, T + 1]}: the first T columns are inputs, the last T their targets."""
+from ablate.data.windows import Batch, DataOrder, evaluation_starts, read
 
 
 class _TrainBatches(IterableDataset[Batch]):

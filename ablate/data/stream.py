@@ -24,8 +24,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from ablate.config import ConfigError, Corpus, Section, digest
 from ablate.data import corpora
 from ablate.data.codec import Codec, content_hash
-from ablate.data.module import Batch, TokenData
+from ablate.data.module import TokenData
 from ablate.data.tokens import Prepared, split_of
+from ablate.data.windows import Batch
 
 ENCODED_AT_ONCE = 64
 """Documents tokenized in one call."""

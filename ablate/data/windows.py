@@ -12,6 +12,12 @@ from torch import Tensor
 from ablate.config import ConfigError
 from ablate.data.tokens import Stream
 
+EVAL_BATCH_TOKENS = 4096
+"""Tokens of one evaluation batch, so that memory does not depend on the context."""
+
+Batch = dict[str, Tensor]
+"""{"tokens": int64 [B, T + 1]}: the first T columns are inputs, the last T their targets."""
+
 
 class DataOrder:
     """Which window of a stream stands at which place of the training order; pure, and the same on every machine.
@@ -63,6 +69,12 @@ def evaluation_windows(stream: Stream, context: int, wanted: int) -> Tensor:
     Raises ConfigError if the stream is shorter than one window.
     """
     return read(stream, evaluation_starts(len(stream), context, wanted), context)
+
+
+def evaluation_batches(stream: Stream, context: int, wanted: int) -> list[Batch]:
+    """The evaluation slice in batches of at most EVAL_BATCH_TOKENS tokens, or of one window. Raises as `evaluation_windows`."""
+    windows = evaluation_windows(stream, context, wanted)
+    return [{"tokens": part} for part in torch.split(windows, max(1, EVAL_BATCH_TOKENS // context))]
 
 
 def evaluation_starts(length: int, context: int, wanted: int) -> npt.NDArray[np.int64]:

@@ -28,7 +28,7 @@ from torch import Tensor
 from ablate.config import ConfigError, Questions, Trial
 from ablate.data.codec import Codec
 from ablate.data.tokens import Prepared, load
-from ablate.data.windows import evaluation_windows
+from ablate.data.windows import evaluation_batches
 from ablate.evaluation import qa, tasks
 from ablate.evaluation.likelihood import Scorer
 from ablate.evaluation.scores import Evaluated, Quality, Score
@@ -150,8 +150,7 @@ def bits_per_byte_of(model: Transformer, corpus: Prepared, own: Prepared, tokens
     if corpus.tokenizer_hash != own.tokenizer_hash:
         stream = _encoded(corpus.held_out("validation")["text"].to_list(), own.codec)
         corpus = dataclasses.replace(corpus, validation=stream, token_bytes=own.token_bytes, end_id=own.end_id)
-    windows = evaluation_windows(corpus.validation, model.context, tokens)
-    batches = [{"tokens": part} for part in torch.split(windows, max(1, 4096 // model.context))]
+    batches = evaluation_batches(corpus.validation, model.context, tokens)
     token_bytes = torch.from_numpy(np.asarray(own.token_bytes, dtype=np.int64))
     bits, lengths = _window_bits(model.eval(), batches, token_bytes)
     if not lengths.sum():
@@ -163,7 +162,7 @@ def bits_per_byte_of(model: Transformer, corpus: Prepared, own: Prepared, tokens
         data_hash=corpus.data_hash,
         bpb=bpb,
         error=error,
-        tokens=windows[:, 1:].numel(),
+        tokens=sum(batch["tokens"][:, 1:].numel() for batch in batches),
         bytes=int(lengths.sum()),
     )
 

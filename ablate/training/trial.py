@@ -22,6 +22,7 @@ from ablate.config import ConfigError, Trial, digest
 from ablate.data.module import TokenData
 from ablate.data.stream import StreamData
 from ablate.data.tokens import Prepared, prepare
+from ablate.data.windows import EVAL_BATCH_TOKENS
 from ablate.evaluation.evaluate import ask, check_tasks
 from ablate.evaluation.scores import Score
 from ablate.kernels import cpu_routes
@@ -38,7 +39,6 @@ USAGE = "usage.parquet"
 TREES = "trees.parquet"
 MOTION = "motion.parquet"
 TASKS = ".cache/tasks"
-EVAL_BATCH_TOKENS = 4096
 
 
 def run_trial(

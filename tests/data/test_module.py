@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ablate.config import ConfigError, Corpus
-from ablate.data.module import Batch, TokenData
+from ablate.data.module import TokenData
 from ablate.data.tokens import Prepared, prepare
-from ablate.data.windows import DataOrder
+from ablate.data.windows import Batch, DataOrder
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import socket
@@ -176,6 +177,12 @@ def test_a_corpus_in_other_tokens_is_read_in_the_model_s_own(trained: Trained) -
     assert other.tokenizer_hash != trained.own.tokenizer_hash
     own = bits_per_byte_of(trained.model, trained.own, trained.own, 2048)
     assert bits_per_byte_of(trained.model, other, trained.own, 2048) == own
+
+
+def test_training_text_is_not_needed(trained: Trained) -> None:
+    poor = dataclasses.replace(trained.own, train=trained.own.train[:3])
+    own = bits_per_byte_of(trained.model, trained.own, trained.own, 2048)
+    assert bits_per_byte_of(trained.model, poor, trained.own, 2048) == own
 
 
 def test_another_tokenizer_under_the_same_settings_is_refused(trained: Trained) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ablate.kernels.compile import SHARED_LIMIT, TARGETS, Result, compile_all
+from ablate.kernels.compile import SHARED_LIMIT, TARGETS, Result, cases, compile_all
 from ablate.kernels.plan import KERNELS, Config
 
 ROOT = Path(__file__).parents[2]
@@ -50,12 +50,17 @@ def test_the_interpreter_agrees_with_the_reference_at_large_depths() -> None:
 
 
 @pytest.fixture(scope="module")
-def printed() -> list[dict[str, Any]]:
-    """What the module's command line prints, with the interpreter asked for: compilation must not care."""
-    command = [sys.executable, "-m", "ablate.kernels.compile", "--json"]
+def command() -> subprocess.CompletedProcess[str]:
+    """The module's command line for all targets, with the interpreter asked for: compilation must not care."""
+    line = [sys.executable, "-m", "ablate.kernels.compile", "--json"]
     settings = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=300, check=True)
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return subprocess.run(line, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=500, check=False)
+
+
+@pytest.fixture(scope="module")
+def printed(command: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
+    """Its lines."""
+    return [json.loads(line) for line in command.stdout.splitlines()]
 
 
 def test_every_configuration_compiles_without_spills_and_uses_matrix_units(printed: list[dict[str, Any]]) -> None:
@@ -76,10 +81,18 @@ def test_every_variant_compiles_without_spills() -> None:
     assert not [r for r in compile_all(tuple(TARGETS), wide=True) if not r.fits or r.tf32_instructions]
 
 
-def test_the_command_prints_one_object_a_line(printed: list[dict[str, Any]]) -> None:
+def test_the_command_prints_one_object_a_line(
+    command: subprocess.CompletedProcess[str], printed: list[dict[str, Any]]
+) -> None:
+    assert (command.returncode, command.stderr) == (0, "")
     wanted = {"kernel", "config", "dtype", "target", "registers", "spills", "shared_bytes", "matrix_instructions"}
     assert all(wanted <= set(line) for line in printed)
-    assert {line["target"] for line in printed} == set(TARGETS)
+
+
+def test_one_target_has_every_kernel_and_no_other_target() -> None:
+    chosen = list(cases(["sm_90"], wide=False))
+    assert {c.target for c in chosen} == {"sm_90"}
+    assert {c.kernel for c in chosen} == set(KERNELS)
 
 
 def test_an_unknown_target_is_named() -> None:

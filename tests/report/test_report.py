@@ -196,7 +196,7 @@ def test_a_confirm_study_judges_its_contrasts_under_holm(tmp_path: Path) -> None
 
 def test_the_recovered_share_of_the_gap(tmp_path: Path) -> None:
     """Dense(total) is planted at 1.98 bpb, dense(active) at 2.09, trees at 2.03: about half is recovered."""
-    factors: dict[str, list[Any]] = {"tree.mirror": [0.0, 1.0]}
+    factors: dict[str, list[Any]] = {"tree.routing": ["sign", "centred"]}
     write_study(tmp_path, seeds=tuple(range(6)), factors=factors, diverged=False, tune=False, usage=0)
     data = json.loads(analyse("demo", tmp_path).read_text())
     arms = [a["arm"] for a in data["arms"] if a["kind"] == "arm"]
