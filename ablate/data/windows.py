@@ -63,17 +63,12 @@ def read(stream: Stream, starts: npt.NDArray[np.int64], context: int) -> Tensor:
     return torch.from_numpy(np.stack([stream[s : s + context + 1] for s in starts]).astype(np.int64))
 
 
-def evaluation_windows(stream: Stream, context: int, wanted: int) -> Tensor:
-    """The evaluation slice of a held-out stream, for at least `wanted` tokens where it has them: int64 [windows, context + 1].
-
-    Raises ConfigError if the stream is shorter than one window.
-    """
-    return read(stream, evaluation_starts(len(stream), context, wanted), context)
-
-
 def evaluation_batches(stream: Stream, context: int, wanted: int) -> list[Batch]:
-    """The evaluation slice in batches of at most EVAL_BATCH_TOKENS tokens, or of one window. Raises as `evaluation_windows`."""
-    windows = evaluation_windows(stream, context, wanted)
+    """The evaluation slice of a held-out stream, at least `wanted` tokens where it has them, in its order.
+
+    A batch has at most EVAL_BATCH_TOKENS tokens, or one window. Raises ConfigError if the stream is shorter than a window.
+    """
+    windows = read(stream, evaluation_starts(len(stream), context, wanted), context)
     return [{"tokens": part} for part in torch.split(windows, max(1, EVAL_BATCH_TOKENS // context))]
 
 
