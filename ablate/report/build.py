@@ -7,7 +7,6 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -20,43 +19,12 @@ from markupsafe import Markup
 from ablate.analysis.findings import analyse, write
 from ablate.analysis.frames import canonical, load
 from ablate.config import ConfigError
-from ablate.report import (
-    balance_views,
-    control_view,
-    effect_views,
-    mechanism_view,
-    parts,
-    quality_views,
-    routing_views,
-    run_views,
-    style,
-    summary,
-)
+from ablate.report import parts, style, summary
 from ablate.report.context import Context
 from ablate.report.parts import View
+from ablate.report.views import VIEWS
 
 TEMPLATES = Path(__file__).parent / "templates"
-VIEWS: list[Callable[[Context], View]] = [
-    effect_views.verdicts,
-    quality_views.pareto,
-    balance_views.balance_story,
-    control_view.controls,
-    effect_views.main_effects,
-    effect_views.interactions,
-    balance_views.usage_map,
-    balance_views.tree_drawing,
-    balance_views.trajectories,
-    balance_views.levels,
-    balance_views.skew,
-    routing_views.flips,
-    mechanism_view.mechanism,
-    routing_views.prune_test,
-    quality_views.losses,
-    run_views.power,
-    quality_views.cost,
-    run_views.provenance,
-]
-"""In the order a reader asks."""
 
 
 def build(name: str, root: Path, address: str | None = None) -> Path:

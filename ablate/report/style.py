@@ -25,6 +25,9 @@ LOAD = LinearSegmentedColormap.from_list("load", ["#08306b", "#4292c6", "#f7f7f5
 SIGNED = LinearSegmentedColormap.from_list("signed", ["#0072b2", "#f7f7f5", "#d55e00"])
 DEAD = "#101014"
 
+VERDICT_COLOUR = {"supported": "#009e73", "refuted": "#d55e00", "inconclusive": MUTED}
+VERDICT_MARK = {"supported": "o", "refuted": "X", "inconclusive": "D"}
+
 VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)", PAPER: "var(--paper)"}
 VARIABLES |= {colour: f"var(--c{i})" for i, colour in enumerate(COLOURS)}
 """Palette colours as the page's CSS variables, which have values for light and dark."""

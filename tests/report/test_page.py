@@ -9,7 +9,8 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]
 from playwright.sync_api import Browser, Page
 
-from ablate.report.build import VIEWS, build
+from ablate.report.build import build
+from ablate.report.views import VIEWS
 from tests.browser import chromium
 from tests.report.synthetic import write_study
 

@@ -15,8 +15,9 @@ import pytest
 from ablate.analysis.findings import analyse
 from ablate.config import ConfigError
 from ablate.report import parts
-from ablate.report.build import VIEWS, build
+from ablate.report.build import build
 from ablate.report.compare import compare
+from ablate.report.views import VIEWS
 from tests.report.synthetic import write_study
 
 EVIL = "<script>alert(1)</script> `x` $y$ | %{z} [l](u) &amp; \"q'"

@@ -1,0 +1,94 @@
+"""Parallel coordinates: every finished run across its settings and outcomes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ablate.report.context import Context
+from ablate.report.draw import wrap
+from ablate.report.parts import View
+from ablate.report.style import INK, MUTED, PAPER, RUNS_AS_LINES, new
+
+
+def parallel(c: Context, view: View, rows: list[dict[str, Any]], factors: list[str]) -> None:
+    """Parallel coordinates of factors, bpb and balance; a line a finished run (an even choice of 600 where there are
+    more).
+    """
+    runs = [
+        r
+        for r in rows
+        if r["status"] == "finished" and r["kind"] != "tune" and r["bpb"] is not None and r["n_eff_frac"] is not None
+    ]
+    if len(runs) < 2 or not factors:
+        return
+    if len(runs) > 600:
+        runs = [runs[i] for i in np.linspace(0, len(runs) - 1, 600).round().astype(int)]
+    keys = [*factors[:7], "dead_frac", "n_eff_frac", "bpb"]
+    figure = new(7.6, 3.6)
+    ax = figure.subplots()
+    box = {"facecolor": PAPER, "edgecolor": "none", "pad": 1.0, "alpha": 0.85}
+    places: dict[str, list[float]] = {}
+    ends: dict[str, tuple[str, str]] = {}
+    for k in keys:
+        if k in factors:
+            texts = [r[k] for r in runs]
+            names = sorted(set(texts), key=_numeric)
+            places[k] = [names.index(t) / max(1, len(names) - 1) for t in texts]
+            ends[k] = ("", "")
+            if len(names) <= 6:
+                for i, name in enumerate(names):
+                    ax.text(
+                        keys.index(k) + 0.04,
+                        i / max(1, len(names) - 1),
+                        wrap(name, 10, 1),
+                        fontsize=7,
+                        color=INK,
+                        va="center",
+                        zorder=4,
+                        bbox=box,
+                    )
+            else:
+                ends[k] = (names[0], names[-1])
+        else:
+            values = np.array([np.nan if r[k] is None else r[k] for r in runs], dtype=float)
+            low, high = float(np.nanmin(values)), float(np.nanmax(values))
+            places[k] = ((values - low) / max(high - low, 1e-12)).tolist()
+            ends[k] = (f"{low:.3f}", f"{high:.3f}")
+    styles = {c.labels[a]: s for a, s in c.styles.arms.items()}
+    rng = np.random.default_rng(0)  # spreads runs of one level apart, for the eye only
+    jitter = rng.uniform(-0.02, 0.02, size=(len(runs), len(keys)))
+    for i, r in enumerate(runs):
+        y = [places[k][i] + (jitter[i, j] if k in factors else 0) for j, k in enumerate(keys)]
+        style = styles.get(r["arm"])
+        ax.plot(
+            range(len(keys)),
+            y,
+            color=style.colour if style else MUTED,
+            linewidth=0.8,
+            rasterized=len(runs) > RUNS_AS_LINES,
+            alpha=max(0.12, min(0.7, 40 / len(runs))),
+        )
+    for j, k in enumerate(keys):
+        ax.axvline(j, color=MUTED, linewidth=0.9)
+        ax.text(j, -0.06, ends[k][0], ha="center", va="top", fontsize=7, color=MUTED)
+        ax.text(j, 1.05, ends[k][1], ha="center", va="bottom", fontsize=7, color=MUTED)
+    ax.set_xticks(
+        range(len(keys)), [wrap(k.partition(".")[2].replace("_", " ") if k in factors else k, 12) for k in keys]
+    )
+    ax.set_yticks([])
+    ax.set_ylim(-0.14, 1.14)
+    ax.grid(False)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+    view.figures.append(
+        ("parallel", "Every finished run across its settings and outcomes, coloured as its arm", figure)
+    )
+
+
+def _numeric(text: str) -> tuple[int, float, str]:
+    try:
+        return 0, float(text), text
+    except ValueError:
+        return 1, 0.0, text

@@ -1,0 +1,98 @@
+"""The story of balance, arm by arm: imbalance at birth, transient collapse, self-pruning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ablate.report.context import Context
+from ablate.report.parts import Column, Table, View
+from ablate.report.tables import RUN_STUDY
+
+
+def balance_story(c: Context) -> View:
+    """Imbalance at birth, transient collapse and self-pruning told apart, an arm a row."""
+    view = View(
+        "balance", "Imbalance at birth, transient collapse, self-pruning", "Where does imbalance come from, arm by arm?"
+    )
+    records = [a for a in c.findings["arms"] if a["n_eff_frac"]]
+    if not records:
+        view.missing = f"No tree arm with balance measured: {RUN_STUDY.format(name=c.tables.name)}."
+        return view
+    keys = {
+        "n_eff_frac_start": "n_eff_frac at step 0",
+        "n_eff_frac_min": "at its worst",
+        "n_eff_frac": "at the end",
+        "dead_frac_start": "dead leaves at step 0",
+        "dead_frac_max": "dead at the worst",
+        "dead_frac": "dead at the end",
+        "pruned_frac": "alive at step 0, died, stayed dead",
+        "revived_frac": "died and came back",
+    }
+    forms = {k: ".3f" if k.startswith("n_eff") else ".1%" for k in keys}
+    rows = [
+        {"arm": a["label"], "n": a["n"], **{k: a[k]["mean"] if a[k] else None for k in keys}, "runs": a["run_ids"]}
+        for a in records
+    ]
+    columns = [
+        Column("arm", "arm"),
+        Column("n", "n", "d"),
+        *(Column(k, t, forms[k]) for k, t in keys.items()),
+        Column("runs", "runs", "runs"),
+    ]
+    view.tables.append(
+        Table("balance_story", "Balance at birth, at its worst and at the end (means over seeds)", columns, rows)
+    )
+    view.tables.append(_restored(c))
+    told = records if len(records) <= 20 else [a for a in records if a["arm"] in c.shown]
+    view.details = ["Arm by arm, in words", *(f"{a['label']}: {a['reading']}" for a in told)]
+    view.reading = [overall(records), *([c.choice] if c.choice else [])]
+    return view
+
+
+def _restored(c: Context) -> Table:
+    """Whether balance is restored, criterion by criterion, and at other thresholds."""
+    word = {True: "yes", False: "no", None: "not known"}
+    rows = [
+        {
+            "arm": c.labels[r["arm"]],
+            "n_eff_frac": r["n_eff_frac"],
+            "worst": r["n_eff_frac_worst"],
+            "dead": word[r["dead_ok"]],
+            "bpb": word[r["bpb_ok"]],
+            "restored": word[r["restored"]],
+            "holds": ", ".join(t for t, v in r["at_threshold"].items() if v) or "none",
+            "n": r["n"],
+            "runs": r["run_ids"],
+        }
+        for r in c.findings["restored"]
+    ]
+    columns = [
+        Column("arm", "arm"),
+        Column("restored", "restored"),
+        Column("n_eff_frac", "n_eff_frac", ".3f"),
+        Column("worst", "worst tree", ".3f"),
+        Column("dead", "dead leaves at most 1%"),
+        Column(
+            "bpb",
+            "bpb non-inferior",
+            help="upper end of the one-sided 95% interval against the reference arm under the margin",
+        ),
+        Column("holds", "restored at thresholds"),
+        Column("n", "n", "d"),
+        Column("runs", "runs", "runs"),
+    ]
+    return Table("restored", "Is balance restored? (n_eff_frac at least 0.8, and both criteria)", columns, rows)
+
+
+def overall(records: list[dict[str, Any]]) -> str:
+    """One sentence over all arms."""
+    n = len(records)
+    counts = {
+        s: sum(s in a["signs"] for a in records) for s in ("born_imbalanced", "dips", "self_prunes", "ends_balanced")
+    }
+    return (
+        f"Of {n} tree arms, {counts['born_imbalanced']} start imbalanced before any gradient (n_eff_frac under 0.8), "
+        f"{counts['dips']} dip below both ends of training (transient collapse), {counts['self_prunes']} prune themselves "
+        f"(over 1% of leaves alive at step 0 die and stay dead), and {counts['ends_balanced']} end balanced "
+        "(n_eff_frac at least 0.8, at most 1% dead)."
+    )

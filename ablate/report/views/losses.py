@@ -1,0 +1,162 @@
+"""Loss curves of every arm, and how each depends on the learning rate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from ablate.report.context import Context
+from ablate.report.draw import few_ticks, legend, mark, plain, plotly_mark
+from ablate.report.parts import Column, Table, View
+from ablate.report.style import DASHES, new
+
+
+def losses(c: Context) -> View:
+    """Loss curves of every arm, and how each depends on the learning rate."""
+    view = View(
+        "loss", "Loss curves and learning rates", "Was every arm trained to its end, at a learning rate that suits it?"
+    )
+    history = c.tables.history.filter(pl.col("bpb").is_not_null() & (pl.col("kind") != "tune") & (pl.col("step") > 0))
+    present = set(history["arm"].unique())
+    arms = [a for a in c.order if a in present]
+    arms = [a for a in arms if a in c.shown or c.kinds[a] == "control"]
+    if not arms:
+        view.missing = f"No evaluation after step 0: run `ablate study run studies/{c.tables.name}.yaml`."
+        return view
+    means = (
+        history.filter(pl.col("arm").is_in(arms))
+        .group_by("arm", "step")
+        .agg(
+            pl.col("bpb").mean(),
+            pl.col("bpb").min().alias("low"),
+            pl.col("bpb").max().alias("high"),
+            pl.len().alias("n"),
+        )
+        .sort("arm", "step")
+    )
+    view.data["loss_curves"] = means
+    figure, difference = new(7.2, 4.4), new(7.2, 4.2)
+    ax, against = figure.subplots(), difference.subplots()
+    reference = c.findings["reference"]
+    base = means.filter(pl.col("arm").eq_missing(pl.lit(reference))).select("step", base="bpb")
+    traces = []
+    for arm in arms:
+        part, style = means.filter(pl.col("arm") == arm), c.styles.arms[arm]
+        line: dict[str, Any] = {"linestyle": DASHES[style.dash], "linewidth": 1.3, "markersize": 3.5, **mark(style)}
+        ax.fill_between(part["step"], part["low"], part["high"], color=style.colour, alpha=0.12, linewidth=0)
+        ax.plot(part["step"], part["bpb"], **line)
+        both = part.join(base, on="step").sort("step")
+        against.plot(both["step"], both["bpb"] - both["base"], **line)
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers",
+                "name": plain(c.labels[arm]),
+                "x": part["step"].to_list(),
+                "y": part["bpb"].to_list(),
+                "line": {"color": style.colour, "dash": ["solid", "dash", "dot", "dashdot"][style.dash]},
+                "marker": plotly_mark(style, 6),
+                "hovertemplate": "step %{x}: %{y:.4f}<extra>" + plain(c.labels[arm]) + "</extra>",
+            }
+        )
+    last = means.group_by("arm").agg(pl.col("bpb").last())["bpb"].to_numpy()
+    late = means.filter(pl.col("step") >= 0.4 * pl.col("step").max())
+    top = max(float(np.max(late["high"].to_numpy())), float(np.max(last)))
+    ax.set_ylim(float(last.min()) - 0.05 * (top - float(last.min())), top)
+    since = float(late["step"].to_numpy().min()) * 0.85
+    ax.set_xlim(left=since)
+    ax.set_ylabel("bits per byte on the held-out slice")
+    ax.set_xlabel("optimizer step")
+    few_ticks(ax, against)
+    legend(figure, c.styles, lines=True, columns=3)
+    caption = "Means over seeds (band: lowest to highest); the steep start is cut off"
+    view.figures.append(("loss_curves", caption, figure))
+    if reference in arms:
+        against.set_xlabel("optimizer step")
+        against.set_ylabel(f"bits per byte, minus {c.labels[reference]}")
+        legend(difference, c.styles, lines=True, columns=3)
+        view.figures.append(("loss_differences", "The same means minus those of the reference arm", difference))
+    layout = {
+        "xaxis": {"title": {"text": "optimizer step"}, "range": [since, float(late["step"].to_numpy().max())]},
+        "yaxis": {"title": {"text": "bits per byte"}, "range": [float(last.min()) - 0.02, top]},
+        "height": 520,
+    }
+    view.plots.append(("loss_curves", {"data": traces, "layout": layout}))
+    if c.choice:
+        view.reading.append(c.choice)
+    _rates(c, view)
+    return view
+
+
+def _rates(c: Context, view: View) -> None:
+    records = [r for r in c.findings["learning_rates"] if r["best"] is not None]
+    if not records:
+        view.reading.append(
+            "Learning rates were not tuned per arm; a difference may be one of tuning. Give the study a `tune:` section "
+            "(three rates or more) and run `ablate study run` again."
+        )
+        return
+    edge = [c.labels.get(r["arm"], r["arm"]) for r in records if not r["interior"]]
+    view.reading.append(
+        "Every arm's best learning rate lies inside those tried."
+        if not edge
+        else f"Best rate at the edge of those tried, so perhaps not the best there is: {', '.join(edge)}."
+    )
+    rows = [
+        {
+            "arm": c.labels.get(r["arm"], r["arm"]),
+            "best": r["best"],
+            "interior": "yes" if r["interior"] else "no",
+            "rates": "; ".join(
+                f"{x['lr']:g}: {'diverged' if x['bpb'] is None else format(x['bpb'], '.4f')}" for x in r["rates"]
+            ),
+            "best_of": "; ".join(f"{v:.4f}" for v in r["best_of_n"]),
+            "runs": r["run_ids"],
+        }
+        for r in records
+    ]
+    columns = [
+        Column("arm", "arm"),
+        Column("best", "best rate", ".3g"),
+        Column("interior", "interior"),
+        Column("rates", "bpb at each rate"),
+        Column("best_of", "expected best of 1, 2, … rates"),
+        Column("runs", "runs", "runs"),
+    ]
+    view.tables.append(Table("learning_rates", "Learning rates tried, on tuning seeds of their own", columns, rows))
+    figure = new(6.6, 3.6)
+    left, right = figure.subplots(1, 2, sharey=True)
+    for r in [r for r in records if r["arm"] in c.shown or len(records) <= 16]:
+        style = c.styles.arms.get(r["arm"])
+        if style is None:
+            continue
+        known = [x for x in r["rates"] if x["bpb"] is not None]
+        left.plot(
+            [x["lr"] for x in known],
+            [x["bpb"] for x in known],
+            linestyle=DASHES[style.dash],
+            markersize=5,
+            linewidth=1.2,
+            **mark(style),
+        )
+        right.plot(
+            range(1, len(r["best_of_n"]) + 1),
+            r["best_of_n"],
+            linestyle=DASHES[style.dash],
+            markersize=5,
+            linewidth=1.2,
+            **mark(style),
+        )
+    left.set_xscale("log")
+    rates = sorted({x["lr"] for r in records for x in r["rates"]})
+    left.set_xticks(rates, [f"{v:g}" for v in rates])
+    left.minorticks_off()
+    left.set_xlabel("learning rate")
+    left.set_ylabel("bits per byte")
+    right.set_xlabel("rates tried")
+    right.set_title("expected best of n")
+    right.set_xticks(range(1, max(len(r["best_of_n"]) for r in records) + 1))
+    legend(figure, c.styles, lines=True, columns=3)
+    view.figures.append(("learning_rates", "Sensitivity to the learning rate, and what tuning effort buys", figure))

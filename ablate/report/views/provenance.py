@@ -1,0 +1,143 @@
+"""Provenance: where every number comes from, and the command that repeats it."""
+
+from __future__ import annotations
+
+import json
+
+import polars as pl
+
+from ablate.analysis.arms import level_text
+from ablate.analysis.frames import FACTOR
+from ablate.report.context import Context
+from ablate.report.explorer import explorer
+from ablate.report.parallel import parallel
+from ablate.report.parts import Column, Table, View
+
+
+def provenance(c: Context) -> View:
+    """Commits, hashes, machines, plan, deviations, exclusions, and every run with the command that repeats it."""
+    view = View("runs", "Provenance and runs", "Where does every number come from, and how is it made again?")
+    trials, findings = c.tables.trials, c.findings
+    facts = [
+        ("commit", _distinct(trials["git_commit"])),
+        ("uncommitted changes", _dirty(trials)),
+        ("data", _distinct(trials["data_hash"])),
+        ("tokenizer", _distinct(trials["tokenizer_hash"])),
+        ("machine", _distinct(trials["machine"])),
+        ("device", _distinct(trials["device"])),
+        ("threads", _distinct(trials["threads"].cast(pl.Int64).cast(pl.String))),
+        ("kernels' route table", _distinct(trials["route_table"])),
+        ("versions", "; ".join(_versions(trials)) or "–"),
+        ("plan", findings["plan_hash"] or "–"),
+        *((f"table {k}", v) for k, v in findings["inputs"].items()),
+    ]
+    view.tables.append(
+        Table(
+            "provenance",
+            "What the runs share",
+            [Column("what", "what"), Column("value", "value")],
+            [{"what": k, "value": v} for k, v in facts],
+        )
+    )
+    view.reading = [f"Plan: {n}" for n in findings["plan_notes"]]
+    view.reading += [f"Deviation: {d}" for d in findings["deviations"]] or ["No deviation from the plan."]
+    if findings["exclusions"]:
+        columns = [
+            Column("arm", "arm"),
+            Column("seed", "seed", "d"),
+            Column("status", "status"),
+            Column("reason", "what became of it"),
+            Column("message", "message"),
+            Column("runs", "runs", "runs"),
+        ]
+        rows = [{**e, "arm": c.labels.get(e["arm"], e["arm"]), "runs": [e["run_id"]]} for e in findings["exclusions"]]
+        view.tables.append(Table("exclusions", "Runs that did not finish", columns, rows))
+    else:
+        view.reading.append("Every run finished; none is excluded.")
+    factors = c.tables.factors
+    rows = [
+        {
+            "trial": r["trial"],
+            "arm": c.labels.get(r["arm"], r["arm"]),
+            "kind": r["kind"],
+            "seed": r["seed"],
+            "status": r["status"],
+            **{f: level_text(r[FACTOR + f]) for f in factors},
+            "lr": r["lr"],
+            "bpb": r["bpb"],
+            "n_eff_frac": r["n_eff_frac"],
+            "dead_frac": r["dead_frac"],
+            "seconds": r["seconds"],
+            "again": f"ablate reproduce {r['trial']}",
+            "runs": [r["run_id"]],
+        }
+        for r in trials.iter_rows(named=True)
+    ]
+    columns = [
+        Column("trial", "trial"),
+        Column("arm", "arm"),
+        Column("kind", "kind"),
+        Column("seed", "seed", "d"),
+        Column("status", "status"),
+        *(Column(f, f.partition(".")[2].replace("_", " ")) for f in factors),
+        Column("lr", "lr", ".3g"),
+        Column("bpb", "bpb", ".4f"),
+        Column("n_eff_frac", "n_eff_frac", ".3f"),
+        Column("dead_frac", "dead_frac", ".3f"),
+        Column("seconds", "seconds", ",.0f"),
+        Column("again", "makes it again"),
+        Column("runs", "runs", "runs"),
+    ]
+    view.tables.append(Table("runs", "Every run", columns, rows, limit=100))
+    parallel(c, view, rows, factors)
+    view.widgets.append(("runs", explorer(c, rows, factors)))
+    view.reading += limitations(c)
+    return view
+
+
+def _distinct(values: pl.Series) -> str:
+    seen = values.drop_nulls().unique().sort().to_list()
+    return (
+        ", ".join(str(v) for v in seen[:4]) + (f" and {len(seen) - 4} more" if len(seen) > 4 else "") if seen else "–"
+    )
+
+
+def _dirty(trials: pl.DataFrame) -> str:
+    known = trials["git_dirty"].drop_nulls()
+    return "–" if known.is_empty() else f"{int(known.sum())} of {len(known)} runs"
+
+
+def _versions(trials: pl.DataFrame) -> list[str]:
+    merged: dict[str, set[str]] = {}
+    for text in trials["versions"].drop_nulls().unique().sort().to_list():
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        for k, v in data.items() if isinstance(data, dict) else ():
+            merged.setdefault(str(k), set()).add(str(v))
+    return [f"{k} {' or '.join(sorted(v))}" for k, v in sorted(merged.items())]
+
+
+def limitations(c: Context) -> list[str]:
+    """What a careful reader must keep in mind, from the study itself."""
+    f = c.findings
+    out = []
+    if f["design"] != "confirm":
+        out.append("Limitation: exploratory design; its findings are candidates for a `confirm` study.")
+    n = min((a["n"] for a in f["arms"] if a["n"]), default=0)
+    if n < 8 and f["design"] != "search":
+        out.append(
+            f"Limitation: {n} seeds an arm; eight paired seeds are the least for an exact test under .05 after adjustment."
+        )
+    if not f["assay"]:
+        out.append(
+            "Limitation: no dense controls of active and total size, so it is not known how much this task can tell."
+        )
+    if not f["learning_rates"]:
+        out.append("Limitation: one learning rate for all arms.")
+    models = {a["total_params"] for a in f["arms"] if a["total_params"] is not None}
+    if models:
+        size = f"{min(models):,.0f}" if len(models) == 1 else f"{min(models):,.0f} to {max(models):,.0f}"
+        out.append(f"Limitation: models of {size} parameters; nothing here shows that it holds at other sizes.")
+    return out

@@ -1,0 +1,57 @@
+"""Effective and dead leaves over training, every seed a line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import polars as pl
+
+from ablate.report.context import Context
+from ablate.report.draw import panels, wrap
+from ablate.report.parts import View
+from ablate.report.style import MUTED, RUNS_AS_LINES
+from ablate.report.tables import RUN_STUDY
+
+
+def trajectories(c: Context) -> View:
+    """n_eff_frac and dead leaves over training, every seed a line."""
+    view = View(
+        "trajectories",
+        "Dead leaves and effective leaves over training",
+        "Do trees recover, or prune themselves for good?",
+    )
+    history = c.tables.history.filter(pl.col("arm").is_in(c.shown) & (pl.col("kind") == "arm"))
+    history = history.filter(pl.col("n_eff_frac").is_not_null())
+    if history.is_empty():
+        view.missing = f"No balance in the history table: {RUN_STUDY.format(name=c.tables.name)}."
+        return view
+    view.data["trajectories"] = history.select("arm", "seed", "trial", "step", "n_eff_frac", "dead_frac", "bits_lost")
+    view.reading = [c.choice] if c.choice else []
+    figure, axes = panels(len(c.shown))
+    many = history["trial"].n_unique() > RUNS_AS_LINES
+    for i, (ax, arm) in enumerate(zip(axes, c.shown, strict=True)):
+        for part in history.filter(pl.col("arm") == arm).partition_by("trial", maintain_order=True):
+            look: dict[str, Any] = {"linewidth": 1.3, "rasterized": many, "alpha": 0.3 if many else 1.0}
+            ax.plot(part["step"], part["n_eff_frac"], color="#0072b2", label="n_eff_frac", **look)
+            ax.plot(part["step"], part["dead_frac"], color="#d55e00", linestyle="--", label="dead_frac", **look)
+        ax.axhline(0.8, color=MUTED, linewidth=0.8, linestyle=":")
+        ax.set_title(wrap(c.labels[arm], 32))
+        ax.set_ylim(-0.03, 1.03)
+        if i == 0:
+            handles, _ = ax.get_legend_handles_labels()
+            figure.legend(
+                handles[:2],
+                ["n_eff_frac (effective leaves / L)", "dead_frac (share of leaves)"],
+                loc="outside upper center",
+                ncols=2,
+            )
+    figure.supxlabel("optimizer step", fontsize=9)
+    figure.supylabel("share of leaves", fontsize=9)
+    view.figures.append(
+        (
+            "trajectories",
+            "Effective leaves (solid) and dead leaves (dashed) over training; every line is a seed, dotted: 0.8",
+            figure,
+        )
+    )
+    return view

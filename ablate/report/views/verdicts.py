@@ -1,0 +1,142 @@
+"""Verdicts: every comparison with its effect, interval, adjusted p, n and verdict."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ablate.report.context import Context
+from ablate.report.draw import versus, zero
+from ablate.report.parts import Column, Table, View
+from ablate.report.style import GRID, VERDICT_COLOUR, VERDICT_MARK, new
+from ablate.report.wording import ENDPOINT, cap
+
+FOREST = 14  # rows an endpoint has in the forest plot
+
+
+def verdicts(c: Context) -> View:
+    """Every comparison with its effect, interval, adjusted p, n and verdict."""
+    view = View("verdicts", "Verdicts", "What does this study show, what does it rule out, and what can it not tell?")
+    found = c.findings["findings"]
+    if not found:
+        view.missing = (
+            "No comparison could be made: give the study a reference arm or controls and two seeds or more, then run "
+            f"`ablate study run studies/{c.tables.name}.yaml`."
+        )
+        return view
+    view.reading = _summary(c)
+    main = [f for f in found if f["family"] != "dense"] or found
+    rows = [_row(f) for f in sorted(found, key=_importance)]
+    columns = [
+        Column("choice", "choice"),
+        Column("against", "against"),
+        Column("endpoint", "endpoint"),
+        Column("verdict", "verdict"),
+        Column("effect", "effect", "+.4f", "mean difference; seeds are the unit"),
+        Column("low", "95% from", "+.4f"),
+        Column("high", "to", "+.4f"),
+        Column(
+            "p_adjusted", "adjusted p", ".3g", "adjusted over the family: Holm in confirm, Benjamini-Hochberg elsewhere"
+        ),
+        Column("p_sign_flip", "sign-flip p", ".3g", "exact, unadjusted"),
+        Column("detectable", "detectable", ".3g", "smallest effect this comparison finds with 80% power"),
+        Column("n", "n", "d"),
+        Column("claim", "claim"),
+        Column("remark", "remark"),
+        Column("family", "family"),
+        Column("runs", "runs", "runs"),
+    ]
+    view.tables.append(Table("verdicts", "All comparisons, supported first", columns, rows))
+    for endpoint in ("bpb", "n_eff_frac"):
+        shown = sorted((f for f in main if f["endpoint"] == endpoint and f["effect"] is not None), key=_importance)
+        if shown:
+            _forest(view, endpoint, shown)
+    return view
+
+
+def _importance(f: dict[str, Any]) -> tuple[Any, ...]:
+    rank = {"supported": 0, "refuted": 1, "inconclusive": 2}[f["verdict"]]
+    first = {"confirm": 0, "factors": 1, "arms": 2, "dense": 3}.get(f["family"], 4)
+    return first > 0, rank, first, -abs(f["effect"] or 0.0) / f["margin"], f["id"]
+
+
+def _row(f: dict[str, Any]) -> dict[str, Any]:
+    remarks = list(f["reasons"])
+    if f["below_margin"]:
+        remarks.insert(0, f"real, but within the margin of {f['margin']:g}")
+    kept = f.get("finished_only")
+    if kept:
+        value = "untestable" if kept["effect"] is None else f"{kept['effect']:+.4f}"
+        remarks.append(f"a run diverged; finished runs alone: {value} (n {kept['n']})")
+    low, high = f["interval"] or (None, None)
+    return {
+        "choice": f["arm_label"],
+        "against": f["reference_label"],
+        "endpoint": f["endpoint"],
+        "claim": f"{f['claim']} (margin {f['margin']:g})",
+        "effect": f["effect"],
+        "low": low,
+        "high": high,
+        "p_adjusted": f["p_adjusted"],
+        "p_sign_flip": f["p_sign_flip"],
+        "detectable": f["detectable"],
+        "n": f["n"],
+        "verdict": f["verdict"],
+        "remark": "; ".join(remarks),
+        "family": f["family"],
+        "runs": f["run_ids"],
+    }
+
+
+def _summary(c: Context) -> list[str]:
+    out = []
+    found = c.findings["findings"]
+    for family in c.findings["families"]:
+        own = [f for f in [*found, *c.findings["recovered"]] if f["family"] == family["family"]]
+        counts = ", ".join(
+            f"{sum(f['verdict'] == v for f in own)} {v}" for v in ("supported", "refuted", "inconclusive")
+        )
+        method = {"holm": "Holm", "bh": "Benjamini-Hochberg"}[family["adjustment"]]
+        out.append(f"{cap(family['what'])}: {counts} ({family['size']} tests in the family, {method}).")
+    if c.findings["design"] != "confirm":
+        out.append(
+            "This is an exploratory study: it finds candidates. Only a `confirm` study with named contrasts makes claims."
+        )
+    strongest = sorted((f for f in found if f["verdict"] == "supported" and f["family"] != "dense"), key=_importance)[
+        :3
+    ]
+    out += [f["text"] for f in strongest]
+    gap = c.findings["assay"]
+    if gap:
+        can = "so it can tell layers apart" if gap["sensitive"] else "too few to tell layers apart (3 are needed)"
+        out.append(
+            f"Dense layers of active and of total size are {gap['gap']:.4f} bpb apart, {gap['margins']:.1f} margins: {can}."
+        )
+    return out
+
+
+def _forest(view: View, endpoint: str, shown: list[dict[str, Any]]) -> None:
+    rows = shown[:FOREST][::-1]
+    figure = new(7.6, 0.34 * len(rows) + 1.3)
+    ax = figure.subplots()
+    margin = rows[0]["margin"]
+    ax.axvspan(-margin, margin, color=GRID, alpha=0.6, zorder=0, linewidth=0)
+    zero(ax)
+    for i, f in enumerate(rows):
+        colour, shape = VERDICT_COLOUR[f["verdict"]], VERDICT_MARK[f["verdict"]]
+        ax.plot(f["interval"], [i, i], color=colour, linewidth=1.6)
+        ax.plot(f["effect"], i, shape, color=colour, markersize=6)
+    # A hopeless interval must not flatten the others.
+    reach = np.array([np.abs([f["effect"], *f["interval"]]).max() for f in rows])
+    usual = max(float(np.median(reach)) * 4, 3 * margin)
+    if reach.max() > usual:
+        ax.set_xlim(-usual, usual)
+    ax.set_yticks(range(len(rows)), [versus(f["arm_label"], f["reference_label"]) for f in rows])
+    ax.set_ylim(-0.6, len(rows) - 0.4)
+    ax.set_xlabel(f"difference in {ENDPOINT[endpoint]}, 95% interval\n(grey: within the margin of {margin:g})")
+    ax.grid(axis="y", visible=False)
+    handles = [ax.plot([], [], VERDICT_MARK[v], color=VERDICT_COLOUR[v], label=v)[0] for v in VERDICT_COLOUR]
+    figure.legend(handles=handles, loc="outside upper center", ncols=3)
+    more = f" (first {len(rows)} of {len(shown)})" if len(shown) > len(rows) else ""
+    view.figures.append((f"verdicts_{endpoint}", f"Differences in {ENDPOINT[endpoint]}{more}", figure))
