@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ablate.bench.contenders import Shape
 from ablate.bench.layer import SHAPES
-from ablate.kernels import cpu_routes, cpu_vector
+from ablate.kernels.cpu import tasks as cpu_routes
+from ablate.kernels.cpu import vector as cpu_vector
 from ablate.kernels.op import tree_feedforward
 
 RUNS = 15

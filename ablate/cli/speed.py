@@ -42,7 +42,7 @@ def kernels_compile(
     as_json: Json = False,
 ) -> None:
     """Compile every GPU kernel and configuration ahead of time, without a GPU or driver, and print what each needs."""
-    from ablate.kernels import compile as compiler
+    from ablate.kernels.triton import aot as compiler
 
     raise typer.Exit(compiler.run(among(target or list(compiler.TARGETS), list(compiler.TARGETS), "target"), as_json))
 

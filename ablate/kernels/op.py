@@ -23,7 +23,7 @@ from ablate.kernels.reference import NodeBackward
 from ablate.kernels.spec import TreeSpec
 
 Backend = Literal["auto", "reference", "cpu", "triton"]
-_MODULES = {"cpu": "ablate.kernels.cpu", "triton": "ablate.kernels.launch"}
+_MODULES = {"cpu": "ablate.kernels.cpu.backend", "triton": "ablate.kernels.triton.backend"}
 _SPEC_FIELDS = tuple(TreeSpec.__dataclass_fields__)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ablate.config import ConfigError, Tree, parse
 from ablate.kernels.op import Backend
-from ablate.model import placement
+from ablate.model import neuron_placement
 from ablate.model.mlps import Found, TreeMlp, find_mlps, replace
 from ablate.model.transformer import evaluating
 from ablate.model.tree import TreeFeedForward
@@ -94,7 +94,7 @@ def convert(
         model: a Hugging Face causal model (OPT, GPT-2, Llama- and Qwen-style, …), our Transformer, or any nn.Module.
         layers: all MLPs, or places among them ([0, 3]), or patterns of module names ("model.layers.*.mlp").
         tree: the layer; its activation must be the MLP's. Where not given: nano's shape with the MLPs' activation.
-        init: `dense` places the MLP's neurons in the trees (see `placement`); `shuffled` places them at random and fits
+        init: `dense` places the MLP's neurons in the trees (see `neuron_placement`); `shuffled` places them at random and fits
             the outputs alike, as a control; `random` starts the layer as `tree.init` says.
         calibration: what the model is called with once (ids [B, T], or keyword tensors) to see its MLPs' inputs. Both
             `dense` and `shuffled` need it, unless the MLP fits in as it is (depth 0, as many units); a quarter of the
@@ -109,10 +109,10 @@ def convert(
     """
     found = find_mlps(model, layers)
     tree = tree if tree is not None else Tree(activation=found[0].mlp.activation)
-    exact = init == "dense" and all(placement.is_exact(f.mlp, tree) for f in found)
+    exact = init == "dense" and all(neuron_placement.is_exact(f.mlp, tree) for f in found)
     if init != "random":
         for one in found:
-            placement.check(one.mlp, tree)
+            neuron_placement.check(one.mlp, tree)
     needs = (init != "random" and not exact) or (init == "random" and tree.init in {"orthogonal", "median_split"})
     if calibration is None and (needs or tree.router_input == "centred"):
         raise ConfigError(f"calibration is missing: init {init!r} with this tree looks at tokens; give ids [B, T]")
@@ -172,9 +172,9 @@ def _layer(one: Found, tree: Tree, init: Init, x: Tensor | None, backend: Backen
                 layer.calibrate(fitted)
             return new
         if fitted is None:
-            placed = placement.copy_exactly(one.mlp, tree)
+            placed = neuron_placement.copy_exactly(one.mlp, tree)
         else:
-            placed = placement.place(one.mlp, tree, fitted, shuffled=init == "shuffled", seed=seed)
+            placed = neuron_placement.place(one.mlp, tree, fitted, shuffled=init == "shuffled", seed=seed)
         layer.w_in.copy_(placed.w_in)
         layer.w_out.copy_(placed.w_out)
         new.bias.copy_(placed.bias)
@@ -197,7 +197,7 @@ def _report(one: Found, new: TreeMlp, tree: Tree, x: Tensor | None, init: Init) 
         leaves = new.tree.last_leaves
         assert leaves is not None
         used = _n_eff_frac(leaves, tree.leaves)
-    exact = init == "dense" and placement.is_exact(one.mlp, tree)
+    exact = init == "dense" and neuron_placement.is_exact(one.mlp, tree)
     units = one.mlp.w_in.shape[0]
     return LayerReport(one.name, units, tree.total_units, tree.active_units, error, used, exact)
 

@@ -102,9 +102,9 @@ class TreeStep:
     """
 
     def __init__(self, tree: TreeFeedForward) -> None:
-        from ablate.kernels import cpu_step
+        from ablate.kernels.cpu import decode_step
 
-        self._run = cpu_step.prepare(
+        self._run = decode_step.prepare(
             tree.w_in, tree.b, tree.w_out, tree.effective_thresholds(), tree.router_w, tree.router_b, tree.spec
         )
 

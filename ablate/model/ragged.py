@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ablate.config import Tree
 from ablate.kernels.op import Backend
-from ablate.kernels.ragged import ragged_feedforward, route, shape_of
+from ablate.kernels.ragged.op import ragged_feedforward, route, shape_of
 from ablate.model.tree import TreeFeedForward, tree_spec
 
 

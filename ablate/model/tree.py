@@ -12,7 +12,7 @@ from ablate.kernels.activations import is_identity, unit_gain
 from ablate.kernels.op import Backend, route, tree_feedforward
 from ablate.kernels.reference import path_nodes
 from ablate.kernels.spec import TreeSpec
-from ablate.model import init, reference_arms
+from ablate.model import auxiliary_losses, init
 
 CENTRING_RATE = 0.2
 """eta of `routing: centred`, times the learning-rate schedule."""
@@ -201,10 +201,10 @@ class TreeFeedForward(nn.Module):
         w, b = self.router()
         self.last_load_loss = None
         if self.training and (self.region_leak or self.load_loss):
-            z = reference_arms.node_responses(x.reshape(-1, x.shape[-1]), w, b, thresholds)
-            leaves = reference_arms.leaky_leaves(z.detach(), self.spec.depth, self.region_leak)
+            z = auxiliary_losses.node_responses(x.reshape(-1, x.shape[-1]), w, b, thresholds)
+            leaves = auxiliary_losses.leaky_leaves(z.detach(), self.spec.depth, self.region_leak)
             if self.load_loss:
-                self.last_load_loss = reference_arms.load_loss(z, leaves, self.spec.depth)
+                self.last_load_loss = auxiliary_losses.load_loss(z, leaves, self.spec.depth)
             return leaves
         if self.router_w is None:
             return None

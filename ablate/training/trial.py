@@ -25,7 +25,7 @@ from ablate.data.tokens import Prepared, prepare
 from ablate.data.windows import EVAL_BATCH_TOKENS
 from ablate.evaluation.evaluate import ask, check_tasks
 from ablate.evaluation.scores import Score
-from ablate.kernels import cpu_routes
+from ablate.kernels.cpu import tasks as cpu_routes
 from ablate.model.counts import count
 from ablate.training import ranks
 from ablate.training.callbacks import LAST, USAGE_PARTS, Evaluator, calibration_windows
@@ -249,5 +249,5 @@ def _route_table(trial: Trial, device: torch.device) -> str:
         return "reference"
     if device.type == "cpu":
         return f"{cpu_routes.TABLE} {digest(cpu_routes.routes()._asdict())}"
-    table = json.loads(files("ablate.kernels").joinpath("configs.json").read_text(encoding="utf-8"))
+    table = json.loads(files("ablate.kernels.triton").joinpath("configs.json").read_text(encoding="utf-8"))
     return f"configs.json {digest(table)}"

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from ablate.kernels import launch, tuned
 from ablate.kernels.op import tree_feedforward
-from ablate.kernels.plan import ROUTES, Route
 from ablate.kernels.spec import TreeSpec
-from ablate.kernels.tune import tune
+from ablate.kernels.triton import backend as launch
+from ablate.kernels.triton import tuned
+from ablate.kernels.triton.tiling import ROUTES, Route
+from ablate.kernels.triton.tune import tune
 from tests.kernels.conftest import pytest_generate_tests
 from tests.kernels.contract import BackendContract, Case, Layer, check
 

@@ -18,10 +18,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from ablate.kernels import activations, cpu, cpu_dense, cpu_pointwise, cpu_routes
-from ablate.kernels.compiled import jit
+from ablate.kernels import activations
+from ablate.kernels.cpu import backend as cpu
+from ablate.kernels.cpu import dense as cpu_dense
+from ablate.kernels.cpu import pointwise as cpu_pointwise
+from ablate.kernels.cpu import tasks as cpu_routes
+from ablate.kernels.cpu.jit import jit
+from ablate.kernels.cpu.threads import run_on_threads
 from ablate.kernels.spec import Activation, Placement
-from ablate.kernels.threads import run_on_threads
 from tests.kernels.contract import CASES, BackendContract, Case, Layer, assert_close, check, random_cases, tree
 
 DTYPES = (torch.float32, torch.float64)

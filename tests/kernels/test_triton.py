@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from ablate.kernels.compile import SHARED_LIMIT, TARGETS, Result, cases, compile_all
-from ablate.kernels.plan import KERNELS, Config
+from ablate.kernels.triton.aot import SHARED_LIMIT, TARGETS, Result, cases, compile_all
+from ablate.kernels.triton.tiling import KERNELS, Config
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,7 +52,7 @@ def test_the_interpreter_agrees_with_the_reference_at_large_depths() -> None:
 @pytest.fixture(scope="module")
 def command() -> subprocess.CompletedProcess[str]:
     """The module's command line for all targets, with the interpreter asked for: compilation must not care."""
-    line = [sys.executable, "-m", "ablate.kernels.compile", "--json"]
+    line = [sys.executable, "-m", "ablate.kernels.triton.aot", "--json"]
     settings = os.environ | {"TRITON_INTERPRET": "1"}
     return subprocess.run(line, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=500, check=False)
 

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ablate.kernels import predict, tuned
-from ablate.kernels.orders import segments, sort_tokens, splits
-from ablate.kernels.plan import (
+from ablate.kernels.spec import TreeSpec
+from ablate.kernels.triton import predict, tuned
+from ablate.kernels.triton.orders import segments, sort_tokens, splits
+from ablate.kernels.triton.tiling import (
     KERNELS,
     MAX_LANES,
     ROUTES,
@@ -24,7 +25,6 @@ from ablate.kernels.plan import (
     make_plan,
     tile_pays,
 )
-from ablate.kernels.spec import TreeSpec
 
 SPECS = st.builds(TreeSpec, trees=st.integers(1, 4), depth=st.integers(0, 14), leaf_width=st.integers(1, 300))
 
@@ -143,7 +143,7 @@ def test_cache_bytes_of_the_gather_route_are_those_of_its_rows() -> None:
 def test_documented_predictions_are_the_models() -> None:
     page = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text()
     for table in (predict.counts_table(), predict.times_table()):
-        assert table in page, "docs/kernels.md differs from `python -m ablate.kernels.predict`"
+        assert table in page, "docs/kernels.md differs from `python -m ablate.kernels.triton.predict`"
 
 
 def test_measurements_are_kept_and_found_by_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from ablate.config import ConfigError, Corpus, Model, Train, Tree, Trial
 from ablate.data.module import TokenData
 from ablate.data.tokens import Prepared, prepare
 from ablate.evaluation.bits_per_byte import bits_per_byte, logits_of
-from ablate.model import placement
+from ablate.model import neuron_placement
 from ablate.model.convert import Conversion, Init, convert, from_pretrained, register
 from ablate.model.mlps import DenseMlp, TreeMlp, find_mlps
 from ablate.model.transformer import Transformer
@@ -181,10 +181,10 @@ def test_where_tokens_fall_into_groups_that_use_their_own_neurons_the_layer_is_a
     dense = DenseMlp(
         w_in, torch.full((32,), -20.0), torch.randn(32, 16, generator=g), torch.randn(16, generator=g), "relu"
     )
-    placed = placement.place(dense, Tree(trees=1, depth=2, leaf_width=8, activation="relu"), x)
+    placed = neuron_placement.place(dense, Tree(trees=1, depth=2, leaf_width=8, activation="relu"), x)
     assert sorted(placed.neurons[0].flatten().tolist()) == list(range(32))
     assert all(len(set(own[leaf].tolist())) == 1 for leaf in placed.neurons[0])
-    control = placement.place(dense, Tree(trees=1, depth=2, leaf_width=8, activation="relu"), x, shuffled=True)
+    control = neuron_placement.place(dense, Tree(trees=1, depth=2, leaf_width=8, activation="relu"), x, shuffled=True)
     assert sorted(control.neurons[0].flatten().tolist()) == list(range(32))
     assert any(len(set(own[leaf].tolist())) > 1 for leaf in control.neurons[0])
 
@@ -194,7 +194,7 @@ def test_where_tokens_fall_into_groups_that_use_their_own_neurons_the_layer_is_a
 def test_placement_is_the_same_each_time_and_its_fit_is_that_of_the_layer(node_output: bool, gated: bool) -> None:
     dense, x = mlp(gated=gated), torch.randn(2048, 16, generator=torch.Generator().manual_seed(3))
     tree = Tree(trees=2, depth=3, leaf_width=4, activation="relu", node_output=node_output)
-    one, two = (placement.place(dense, tree, x, seed=5) for _ in range(2))
+    one, two = (neuron_placement.place(dense, tree, x, seed=5) for _ in range(2))
     for a, b in zip(vars(one).values(), vars(two).values(), strict=True):
         assert torch.equal(a, b)
     assert torch.equal(one.w_in[:, 7:], dense.w_in[one.neurons.flatten(1)])

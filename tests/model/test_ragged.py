@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ablate.kernels.op import Backend
-from ablate.kernels.ragged import _forward_op, shape_of
+from ablate.kernels.ragged.op import _forward_op, shape_of
 from ablate.kernels.spec import TreeSpec
 from ablate.model.ragged import RaggedFeedForward, keep, replace_layer, shape_like
 from ablate.model.tree import TreeFeedForward

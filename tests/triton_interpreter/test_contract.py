@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from ablate.kernels import launch
-from ablate.kernels.plan import Route
+from ablate.kernels.triton import backend as launch
+from ablate.kernels.triton.tiling import Route
 from tests.kernels.contract import CASES, BackendContract, Case, check
 
 

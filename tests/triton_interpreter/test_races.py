@@ -10,8 +10,8 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from triton.runtime.errors import InterpreterError  # type: ignore[import-untyped]
 
-from ablate.kernels import launch
 from ablate.kernels.spec import TreeSpec
+from ablate.kernels.triton import backend as launch
 from tests.kernels.contract import Case, Layer
 from tests.triton_interpreter.races import recorded
 

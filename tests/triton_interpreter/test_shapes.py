@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from ablate.kernels import launch
 from ablate.kernels.op import route
-from ablate.kernels.plan import make_plan
 from ablate.kernels.spec import TreeSpec
+from ablate.kernels.triton import backend as launch
+from ablate.kernels.triton.tiling import make_plan
 from tests.kernels.contract import Case, Layer, check
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -109,7 +109,7 @@ def test_every_shipped_configuration_computes_the_same(place: int) -> None:
 
 def test_chosen_route_when_nothing_is_pinned(caplog: pytest.LogCaptureFixture) -> None:
     launch.forget_choices()
-    with caplog.at_level("INFO", logger="ablate.kernels.launch"):
+    with caplog.at_level("INFO", logger="ablate.kernels.triton.backend"):
         check(case("own choice", 20, depth=3), "triton", FP32)
         check(case("own choice", 20, depth=3), "triton", FP32)
     said = [r.getMessage() for r in caplog.records]

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from ablate.kernels import launch, tuned
 from ablate.kernels.spec import TreeSpec
-from ablate.kernels.tune import seconds, tune
+from ablate.kernels.triton import backend as launch
+from ablate.kernels.triton import tuned
+from ablate.kernels.triton.tune import seconds, tune
 from tests.kernels.contract import Case, check
 
 SPEC = TreeSpec(trees=1, depth=2, leaf_width=1)
@@ -27,7 +28,7 @@ def test_the_fastest_route_and_configurations_are_kept_and_used(caplog: pytest.L
     best = tune(SPEC, 5, 16, device="cpu", measure=clock)
     assert best == tuned.Entry("gather", {"row_dots": 1}, 1.5)
     assert tuned.lookup("interpreter", SPEC, 7, 16, "bf16") == best
-    with caplog.at_level("INFO", logger="ablate.kernels.launch"):
+    with caplog.at_level("INFO", logger="ablate.kernels.triton.backend"):
         check(Case(why="tuned", tokens=5, d=16, spec=SPEC), "triton", torch.bfloat16)
     assert "route gather (measured)" in caplog.text
     launch.forget_choices()

@@ -9,10 +9,11 @@ from dataclasses import replace
 
 import torch
 
-from ablate.kernels import launch, tuned
-from ablate.kernels.passes import INTERPRETED
-from ablate.kernels.plan import KERNELS, ROUTES, Route, configs
 from ablate.kernels.spec import TreeSpec
+from ablate.kernels.triton import backend as launch
+from ablate.kernels.triton import tuned
+from ablate.kernels.triton.passes import INTERPRETED
+from ablate.kernels.triton.tiling import KERNELS, ROUTES, Route, configs
 
 Measure = Callable[[Callable[[], object]], float]
 

@@ -18,7 +18,7 @@ from numba import types
 from numba.extending import intrinsic, overload
 
 from ablate.kernels.activations import is_identity
-from ablate.kernels.compiled import jit
+from ablate.kernels.cpu.jit import jit
 from ablate.kernels.spec import Activation
 
 CODES = {"linear": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4, "silu": 5, "tanh": 6}

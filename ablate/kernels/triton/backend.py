@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ablate.kernels import predict, tuned
-from ablate.kernels.passes import INTERPRETED, Pass
-from ablate.kernels.plan import KERNELS, TILE_LEVELS, Config, DType, Plan, Route, configs, make_plan
 from ablate.kernels.spec import TreeSpec
+from ablate.kernels.triton import predict, tuned
+from ablate.kernels.triton.passes import INTERPRETED, Pass
+from ablate.kernels.triton.tiling import KERNELS, TILE_LEVELS, Config, DType, Plan, Route, configs, make_plan
 
 DTYPES: dict[torch.dtype, DType] = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 _log = logging.getLogger(__name__)

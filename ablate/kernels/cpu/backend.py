@@ -16,13 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ablate.kernels import cpu_dense
-from ablate.kernels import cpu_kernels as kernels
 from ablate.kernels.activations import phi, phi_slope
-from ablate.kernels.cpu_pointwise import CODES, code
-from ablate.kernels.cpu_routes import Plan, plan
+from ablate.kernels.cpu import dense as cpu_dense
+from ablate.kernels.cpu import passes as kernels
+from ablate.kernels.cpu.pointwise import CODES, code
+from ablate.kernels.cpu.tasks import Plan, plan
+from ablate.kernels.cpu.threads import advise_huge_pages, run_on_threads
 from ablate.kernels.spec import TreeSpec
-from ablate.kernels.threads import advise_huge_pages, run_on_threads
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 

@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ablate.kernels import ragged_kernels as kernels
 from ablate.kernels.activations import phi, phi_slope
-from ablate.kernels.cpu import _activations, _empty, _launch, _plain
+from ablate.kernels.cpu.backend import _activations, _empty, _launch, _plain
 from ablate.kernels.op import _SPEC_FIELDS, Backend, TreeOutput, _spec
+from ablate.kernels.ragged import passes as kernels
 from ablate.kernels.spec import TreeSpec
 
 

@@ -1,6 +1,6 @@
 """Ahead-of-time compilation of every shipped kernel configuration, without a GPU, a driver or torch.
 
-`python -m ablate.kernels.compile [--json] [--target sm_90 ...]` prints what each needs of the device. Kernels are
+`python -m ablate.kernels.triton.aot [--json] [--target sm_90 ...]` prints what each needs of the device. Kernels are
 compiled by processes of their own (the interpreter and the compiler cannot share one) into an empty cache.
 """
 
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from ablate.kernels.plan import Config, DType, configs
+from ablate.kernels.triton.tiling import Config, DType, configs
 
 # Backend, architecture and threads of a warp; the shared memory one program may use, bytes.
 TARGETS: dict[str, tuple[str, int | str, int]] = {
@@ -34,10 +34,10 @@ _MODULES = {
     "tile_dots": "tiles",
     "leaf_dots": "tiles",
     "row_dots": "gather",
-    "spread": "spread",
-    "spread_rows": "spread",
-    "tile_wgrad": "wgrad",
-    "fold": "wgrad",
+    "spread": "path_sum",
+    "spread_rows": "path_sum",
+    "tile_wgrad": "weight_grad",
+    "fold": "weight_grad",
     "activate": "pointwise",
     "path_grad": "pointwise",
 }
@@ -165,7 +165,7 @@ def build(case: Case) -> Result:
     from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
     from triton.compiler import ASTSource  # type: ignore[import-untyped]
 
-    module = importlib.import_module(f"ablate.kernels.{_MODULES[case.kernel]}")
+    module = importlib.import_module(f"ablate.kernels.triton.{_MODULES[case.kernel]}")
     function = getattr(module, _FUNCTIONS.get(case.kernel, case.kernel))
     switches = dict(case.switches)
     blocks = {"BT": case.config.bt, "BD": case.config.bd, "BLOCK": case.config.bt}

@@ -1,7 +1,7 @@
 """Passes over ragged (pruned) trees, compiled by Numba: the complete tree's, with tables instead of heap arithmetic.
 
 A token's arithmetic depends on its path and on the tokens that share it, not on what else is in the trees: where pruning
-removed only what no token reached, outputs stay equal bit for bit (to `cpu_kernels` they are equal up to rounding).
+removed only what no token reached, outputs stay equal bit for bit (to `cpu.passes` they are equal up to rounding).
 
 A reference r is a node if r >= 0 and the leaf ~r otherwise; leaves are numbered left to right, tree after tree.
 `branches` [n, 2] holds a node's left and right reference (the same one twice: always taken, the node decides nothing),
@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from ablate.kernels.compiled import jit
-from ablate.kernels.cpu_kernels import CHUNK, activate, products, sums
-from ablate.kernels.cpu_vector import dots11, dots41, dots81, fetch_add
+from ablate.kernels.cpu.jit import jit
+from ablate.kernels.cpu.passes import CHUNK, activate, products, sums
+from ablate.kernels.cpu.vector import dots11, dots41, dots81, fetch_add
 
 
 @jit

@@ -1,6 +1,6 @@
 """Counts of flops, bytes and launches for each route, and the time they would take: a model, not a measurement.
 
-`fastest` chooses the route where nothing was measured; `python -m ablate.kernels.predict` prints the tables of
+`fastest` chooses the route where nothing was measured; `python -m ablate.kernels.triton.predict` prints the tables of
 docs/kernels.md. Every launch is taken to last as long as its slowest resource, plus a fixed start; tokens are taken to
 be spread evenly over leaves.
 """
@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ablate.kernels.plan import ROUTES, DType, Piece, Plan, Route, configs, grad_pieces, make_plan
 from ablate.kernels.spec import TreeSpec
+from ablate.kernels.triton.tiling import ROUTES, DType, Piece, Plan, Route, configs, grad_pieces, make_plan
 
 
 class Step(NamedTuple):

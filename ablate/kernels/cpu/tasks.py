@@ -48,7 +48,7 @@ _pinned: Routes | None = None
 def _shipped() -> Routes:
     """The table that the environment variable ABLATE_ROUTES names, or else the one shipped with this version."""
     own = os.environ.get("ABLATE_ROUTES")
-    return read(Path(own).read_text() if own else (resources.files("ablate.kernels") / TABLE).read_text())
+    return read(Path(own).read_text() if own else (resources.files("ablate.kernels.cpu") / TABLE).read_text())
 
 
 def routes() -> Routes:

@@ -1,7 +1,7 @@
 """The launches of one forward or backward pass of the Triton backend, given the plan and the configurations.
 
 Nothing here reads device memory: grids depend on shapes alone, so a pass neither waits for the device nor breaks a CUDA
-graph. Inputs are contiguous and d is a multiple of 16 (see `launch`).
+graph. Inputs are contiguous and d is a multiple of 16 (see `backend`).
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ import torch
 import triton  # type: ignore[import-untyped]
 from torch import Tensor
 
-from ablate.kernels import gather, pointwise, tiles, wgrad
-from ablate.kernels import spread as spread_kernels
 from ablate.kernels.activations import is_identity
-from ablate.kernels.orders import Order, segments, sort_tokens, splits
-from ablate.kernels.plan import Config, DType, Piece, Plan, grad_pieces
 from ablate.kernels.spec import TreeSpec
+from ablate.kernels.triton import gather, path_sum, pointwise, tiles, weight_grad
+from ablate.kernels.triton.orders import Order, segments, sort_tokens, splits
+from ablate.kernels.triton.tiling import Config, DType, Piece, Plan, grad_pieces
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -244,7 +243,7 @@ class Pass:
         epilogue: str,
         g: Tensor | None = None,
     ) -> Tensor:
-        """`spread.spread` over the trees: one launch, or one a tree where tokens are in the order of its leaves."""
+        """`path_sum.spread` over the trees: one launch, or one a tree where tokens are in the order of its leaves."""
         spec, plan = self.spec, self.plan
         nodes = spec.node_output
         stages = plan.stages if nodes else ()
@@ -258,7 +257,7 @@ class Pass:
         steps = [trees] if order is None else [(k, k + 1) for k in range(*trees)]
         total = self.empty(self.tokens, self.d) if len(steps) > 1 else out
         for i, (first, last) in enumerate(steps):
-            spread_kernels.spread[(triton.cdiv(self.tokens, c.bt), triton.cdiv(self.d, c.bd))](
+            path_sum.spread[(triton.cdiv(self.tokens, c.bt), triton.cdiv(self.d, c.bd))](
                 coef, codes, codes if order is None else order.perm, w, total, coef if g is None else g, out,
                 self.tokens, spec.trees, first, last, self.d, spec.path, w.shape[1], spec.depth, plan.row_level,
                 self.leaf_base(w), spec.leaf_width, 0 if leaves is None else leaves.group,
@@ -281,7 +280,7 @@ class Pass:
         db: Tensor | None,
         trees: tuple[int, int],
     ) -> None:
-        """`wgrad.tile_wgrad`, and `wgrad.fold` where segments are split, for every piece that has rows in dw.
+        """`weight_grad.tile_wgrad`, and `weight_grad.fold` where segments are split, for every piece that has rows in dw.
 
         Nodes without an output have no gradient anywhere: their rows are the caller's to zero.
         """
@@ -297,7 +296,7 @@ class Pass:
             part = self.empty(runs, spec.trees, slots, self.d) if runs > 1 else dw
             part_b = dw if db is None else (self.empty(runs, spec.trees, slots) if runs > 1 else db)
             blocks = triton.cdiv(self.d, c.bd)
-            wgrad.tile_wgrad[(piece.tiles * piece.chunks, blocks, k * runs)](
+            weight_grad.tile_wgrad[(piece.tiles * piece.chunks, blocks, k * runs)](
                 coef, a, codes, codes if seg_order is None else seg_order.perm, seg, part, part_b,
                 self.tokens, spec.trees, trees[0], self.d, spec.path, dw.shape[1], self.leaf_base(dw),
                 piece.level, piece.shift, piece.width, piece.group, piece.tiles, piece.chunks, runs,
@@ -306,7 +305,7 @@ class Pass:
                 **c.options(),
             )  # fmt: skip
             if runs > 1:
-                wgrad.fold[(piece.tiles * piece.chunks, triton.cdiv(self.d, cf.bd), k)](
+                weight_grad.fold[(piece.tiles * piece.chunks, triton.cdiv(self.d, cf.bd), k)](
                     part, part_b, dw, dw if db is None else db,
                     spec.trees, trees[0], self.d, dw.shape[1], self.leaf_base(dw), piece.level, piece.width,
                     piece.group, piece.tiles, piece.chunks, runs,

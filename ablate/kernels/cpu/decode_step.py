@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ablate.kernels.compiled import jit
-from ablate.kernels.cpu_pointwise import code, phi
-from ablate.kernels.cpu_vector import combine1, dots11
+from ablate.kernels.cpu.jit import jit
+from ablate.kernels.cpu.pointwise import code, phi
+from ablate.kernels.cpu.vector import combine1, dots11
 from ablate.kernels.spec import TreeSpec
 
 _PLACEMENTS = {"unit": 0, "tree": 1, "sum": 2}

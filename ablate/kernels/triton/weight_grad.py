@@ -9,7 +9,7 @@ Pieces, tiles and lanes are those of `tiles`. No float atomics: every sum has on
 import triton
 import triton.language as tl
 
-from ablate.kernels.lanes import NO_LEAF, lanes, load_path, place
+from ablate.kernels.triton.lanes import NO_LEAF, lanes, load_path, place
 
 
 @triton.jit(

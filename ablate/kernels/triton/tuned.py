@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ablate.kernels.plan import DType, Route
 from ablate.kernels.spec import TreeSpec
+from ablate.kernels.triton.tiling import DType, Route
 
 _VERSION = 1
 

@@ -20,7 +20,7 @@ interpreter cannot compute in bf16) and accumulate in fp32, never TF32: rounding
 import triton
 import triton.language as tl
 
-from ablate.kernels.lanes import NO_TILE, lanes, place, store_path
+from ablate.kernels.triton.lanes import NO_TILE, lanes, place, store_path
 
 # Only d is worth specialising (its divisibility makes loads wide); the host keeps every other count below 2^31.
 

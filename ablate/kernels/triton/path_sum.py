@@ -8,8 +8,8 @@ Pieces, tiles and lanes are those of `tiles`.
 import triton
 import triton.language as tl
 
-from ablate.kernels.lanes import NO_LEAF, NO_TILE, lanes, load_path, place
-from ablate.kernels.pointwise import phi, slope
+from ablate.kernels.triton.lanes import NO_LEAF, NO_TILE, lanes, load_path, place
+from ablate.kernels.triton.pointwise import phi, slope
 
 
 @triton.jit

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from ablate.kernels.compiled import jit
-from ablate.kernels.cpu_pointwise import phi, slope
-from ablate.kernels.cpu_vector import (
+from ablate.kernels.cpu.jit import jit
+from ablate.kernels.cpu.pointwise import phi, slope
+from ablate.kernels.cpu.vector import (
     ROWS,
     combine1,
     combine2,

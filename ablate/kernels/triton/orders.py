@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ablate.kernels.plan import Piece
+from ablate.kernels.triton.tiling import Piece
 
 
 @dataclass(frozen=True, slots=True)

@@ -159,5 +159,5 @@ def make_plan(
 @functools.cache
 def configs(kernel: str, dtype: DType) -> tuple[Config, ...]:
     """Shipped configurations of a kernel, the default first; all compile without spills on sm_80, sm_90 and gfx942."""
-    table = json.loads(resources.files("ablate.kernels").joinpath("configs.json").read_text())
+    table = json.loads(resources.files("ablate.kernels.triton").joinpath("configs.json").read_text())
     return tuple(Config(*row) for row in table["configs"][kernel][dtype])

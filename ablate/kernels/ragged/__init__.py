@@ -1,0 +1,1 @@
+"""Ragged trees: the layer after pruning, where paths differ in length."""
