@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from ablate.config import ConfigError, Study, Trial, load_study, parse
+from ablate.config import PRESETS, ConfigError, Preset, Study, Trial, load_study, parse
 
 GOOD = {"name": "s", "factors": {"tree.mirror": [0, 1]}}
 
@@ -96,6 +97,10 @@ def test_name_defaults_to_the_file_and_presets_are_bases(tmp_path: Path) -> None
         4,
         4,
     )
+
+
+def test_every_preset_can_be_named_in_a_study() -> None:
+    assert get_args(Preset) == tuple(PRESETS)
 
 
 def test_hash_is_of_the_content() -> None:

@@ -16,11 +16,12 @@ from torch import Tensor
 from ablate.balance.motion import MotionRecorder
 from ablate.balance.probe import Probe
 from ablate.balance.usage import UsageParts
-from ablate.config import Trial, learning_rate
+from ablate.config import Trial
 from ablate.data.tokens import Prepared
 from ablate.evaluation.bits_per_byte import bits_per_byte
 from ablate.training.module import LanguageModel
 from ablate.training.result import Evaluation, Observer, Status
+from ablate.training.schedule import learning_rate
 
 LAST = "last.ckpt"
 USAGE_PARTS = "usage"

@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ablate.config import ConfigError, Train, learning_rate
+from ablate.config import ConfigError, Train
 from ablate.data.module import TokenData
 from ablate.data.tokens import Prepared
 from ablate.evaluation.bits_per_byte import logits_of
 from ablate.model.mlps import TreeMlp, find_mlps
 from ablate.model.tree import TreeFeedForward
 from ablate.training.optimizer import TreeAdamW
+from ablate.training.schedule import learning_rate
 
 Objective = Literal["tokens", "distill", "layers"]
 

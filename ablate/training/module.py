@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ablate.config import Trial, learning_rate
+from ablate.config import Trial
 from ablate.model.transformer import Transformer
 from ablate.training.optimizer import TreeAdamW
+from ablate.training.schedule import learning_rate
 
 
 class LanguageModel(pl.LightningModule):

@@ -3,9 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ablate.config import Train, Trial, learning_rate
+from ablate.config import Train, Trial
 from ablate.model.transformer import Transformer
 from ablate.training.optimizer import TreeAdamW
+from ablate.training.schedule import learning_rate
 
 
 def small(**tree: object) -> Transformer:

@@ -1,0 +1,252 @@
+"""Everything that determines one training run, as frozen pydantic models."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from ablate.config.section import Section, digest
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Corpus(Section):
+    """Where text comes from and how it becomes tokens."""
+
+    source: Literal["stdlib", "files", "hub"] = "stdlib"
+    path: str | None = None
+    """files: a directory, file or glob of .txt, .md, .py, .jsonl, .parquet."""
+    preset: Literal["wikitext-2", "wikitext-103", "tinystories", "openwebtext", "fineweb-edu"] | None = None
+    """hub: fills name, configuration and text_field."""
+    name: str | None = None
+    """hub: the data set's name."""
+    configuration: str | None = None
+    split: str = "train"
+    text_field: str = "text"
+    streaming: bool = False
+    """hub: read the source as a stream while the corpus is prepared, instead of downloading it first."""
+    stream: bool = False
+    """hub, or files of .jsonl or .parquet: train from the source itself, which is never stored. The corpus that is prepared
+    (the first max_documents) gives the tokenizer and the held-out slice."""
+    max_documents: Positive | None = None
+    tokenizer: Literal["bpe", "bytes", "file"] = "bpe"
+    tokenizer_file: str | None = None
+    vocab_size: Annotated[int, Field(ge=257, le=2**31 - 1)] = 2048
+    """bpe: entries, the 256 bytes and the end-of-document mark included."""
+    validation_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
+    test_share: Annotated[float, Field(ge=0, lt=0.5)] = 0.02
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.source == "files" and not self.path:
+            raise ValueError("path is missing: source 'files' needs a directory, file or glob")
+        if self.source == "hub" and not (self.preset or self.name):
+            raise ValueError("name is missing: source 'hub' needs a preset or a data set's name")
+        if self.stream and (self.source == "stdlib" or self.max_documents is None):
+            raise ValueError(
+                "stream is true: it needs source 'hub' or 'files', and max_documents for the prepared sample"
+            )
+        if (self.tokenizer == "file") != bool(self.tokenizer_file):
+            raise ValueError(
+                f"tokenizer_file is {self.tokenizer_file!r}: it is given with tokenizer 'file', and only then"
+            )
+        return self
+
+
+class Tree(Section):
+    """The tree feed-forward layer (design: one layer covers the published fast feed-forward layouts)."""
+
+    trees: Positive = 4
+    """K."""
+    depth: Annotated[int, Field(ge=0, le=14)] = 6
+    """D; each tree has 2^D leaves."""
+    leaf_width: Positive = 4
+    """W, units in one leaf."""
+    node_output: bool = True
+    """Whether nodes on the path contribute to the output (UltraFastBERT) or only route."""
+    bias: bool = True
+    activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "silu", "tanh"] = "gelu"
+    mirror: Annotated[float, Field(ge=-1, le=1)] = 0.0
+    """s in phi(z) = f(z) + s·f(-z): 0 the base, -1 odd (identity for GELU, ReLU, SiLU), +1 even."""
+    node_mirror: Annotated[float, Field(ge=-1, le=1)] | None = None
+    """s of node units apart from leaves; the mirror where not given."""
+    gain: Literal["raw", "unit"] = "raw"
+    placement: Literal["unit", "tree", "sum"] = "unit"
+    routing: Literal["sign", "centred"] = "sign"
+    router_input: Literal["raw", "centred"] = "raw"
+    router: Literal["tied", "frozen"] = "tied"
+    node_backward: Literal["own", "flat", "flip", "base"] = "own"
+    """Slope in the gradients of node w_in and b only: phi'(z), its mean with phi'(-z), phi'(-z), or f'(z) whatever the mirror."""
+    init: Literal["uniform", "zero_bias", "orthogonal", "median_split"] = "uniform"
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        mirrors = {self.mirror, self.mirror if self.node_mirror is None else self.node_mirror}
+        if self.activation == "tanh" and mirrors != {0.0}:
+            raise ValueError(f"mirror is {self.mirror}: activation 'tanh' takes mirror 0 only")
+        if self.placement != "unit" and self.node_mirror not in (None, self.mirror):
+            raise ValueError(f"node_mirror is {self.node_mirror}: apart from mirror it needs placement 'unit'")
+        if self.node_backward != "own" and (self.placement != "unit" or not self.node_output):
+            raise ValueError(f"node_backward is {self.node_backward!r}: it needs placement 'unit' and node_output on")
+        if self.init in {"zero_bias", "median_split"} and not self.bias:
+            raise ValueError(f"init is {self.init!r}: it needs bias on")
+        return self
+
+    @property
+    def leaves(self) -> int:
+        """L = 2^D."""
+        return 1 << self.depth
+
+    @property
+    def total_units(self) -> int:
+        """U = K(M + L·W)."""
+        return self.trees * (self.leaves - 1 + self.leaves * self.leaf_width)
+
+    @property
+    def active_units(self) -> int:
+        """A = K(D·node_output + W), units one token activates."""
+        return self.trees * (self.depth * self.node_output + self.leaf_width)
+
+
+class Dense(Section):
+    """The dense feed-forward, for controls: one hidden layer."""
+
+    width: Positive | None = None
+    """Hidden units; 4 d_model where not given."""
+    bias: bool = True
+    activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "silu", "tanh"] = "gelu"
+    mirror: Annotated[float, Field(ge=-1, le=1)] = 0.0
+    gain: Literal["raw", "unit"] = "raw"
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.activation == "tanh" and self.mirror != 0:
+            raise ValueError(f"mirror is {self.mirror}: activation 'tanh' takes mirror 0 only")
+        return self
+
+
+class Mixture(Dense):
+    """The top-1 mixture of experts, an outside reference: `width` and activation are each expert's."""
+
+    experts: Annotated[int, Field(ge=2)] = 8
+
+
+class Model(Section):
+    """A decoder-only transformer: pre-norm RMSNorm, rotary positions, tied embeddings."""
+
+    d_model: Positive = 128
+    blocks: Positive = 4
+    heads: Positive = 4
+    context: Annotated[int, Field(ge=2)] = 256
+    """Tokens a sequence."""
+    feedforward: Literal["tree", "dense", "none", "moe"] = "tree"
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.d_model % (2 * self.heads):
+            raise ValueError(f"d_model is {self.d_model}: it must be a multiple of 2 x heads = {2 * self.heads}")
+        return self
+
+
+class Train(Section):
+    """One training run."""
+
+    steps: Positive = 300
+    batch_size: Positive = 8
+    """Sequences an optimizer step, over all micro-batches and devices."""
+    accumulate: Positive = 1
+    """Micro-batches an optimizer step is split into."""
+    lr: Annotated[float, Field(gt=0, le=10)] = 3e-3
+    schedule: Literal["cosine", "trapezoid"] = "cosine"
+    warmup: Fraction = 0.05
+    """Share of the steps that warm up; a trapezoid also decays over the last 0.2."""
+    final_lr: Fraction = 0.1
+    """Share of lr left at the end."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.1
+    """Never on biases, norms and thresholds."""
+    grad_clip: Annotated[float, Field(gt=0)] = 1.0
+    node_lr_scale: Annotated[float, Field(gt=0, le=100)] = 1.0
+    """Learning rate of node rows, as a multiple of lr."""
+    tree_decay: Annotated[float, Field(ge=0, le=10)] | None = None
+    """Weight decay of tree weights; weight_decay where not given."""
+    decay_rows: Literal["all", "active"] = "all"
+    """active: rows that got no gradient in a step are not shrunk in it."""
+    region_leak: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Reference arm: chance that a node's decision is turned round in training (fastfeedforward's region leak)."""
+    load_loss: Annotated[float, Field(ge=0)] = 0.0
+    """Reference arm: weight of a Switch-style load loss, on soft path probabilities of trees or a mixture's router."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 on a GPU, fp32 on a CPU."""
+    backend: Literal["auto", "reference"] = "auto"
+    """How tree layers are computed; reference is the plain PyTorch definition."""
+    activation_checkpointing: bool = False
+    """Keep only each block's input for the backward pass and compute the rest again: less memory, about a third slower."""
+    eval_every: Positive = 50
+    """Steps between evaluations; step 0 and the last step are always evaluated."""
+    eval_tokens: Positive = 65536
+    """Held-out tokens of an evaluation, always the same ones."""
+    checkpoint_every: Positive = 100
+    motion: bool = False
+    """Record at every evaluation how far router and representation moved each node's response (motion.parquet)."""
+    keep_checkpoint: bool = False
+    """Keep the final weights (not the optimizer's state)."""
+    devices: Positive = 1
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        parts = self.accumulate * self.devices
+        if self.batch_size % parts:
+            raise ValueError(
+                f"batch_size is {self.batch_size}: it must be a multiple of accumulate x devices = {parts}"
+            )
+        return self
+
+
+class Questions(Section):
+    """Question answering at the end of a trial; its scores are kept with the trial's result. Needs the extra qa."""
+
+    tasks: tuple[str, ...] = ()
+    """heldout_continuation, heldout_cloze, or any task of lm-eval's; none is asked where this is empty."""
+    shots: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
+    """Examples shown before a question; each number is a run over all questions."""
+    limit: Positive | None = None
+    """Only so many questions of each task."""
+
+
+class Trial(Section):
+    """Everything that determines one training run."""
+
+    corpus: Corpus = Corpus()
+    model: Model = Model()
+    tree: Tree = Tree()
+    dense: Dense = Dense()
+    moe: Mixture = Mixture()
+    train: Train = Train()
+    questions: Questions = Questions()
+    init_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Initialisation only."""
+    data_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Order of the training data only."""
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        leaves, probe = self.tree.leaves, self.train.eval_tokens
+        if self.model.feedforward == "tree" and probe < 64 * leaves:
+            raise ValueError(
+                f"train.eval_tokens is {probe}: depth {self.tree.depth} needs at least 64 x leaves = {64 * leaves}"
+            )
+        return self
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens."""
+        return self.train.steps * self.train.batch_size * self.model.context
+
+    def hash(self) -> str:
+        """Short content hash of the whole configuration."""
+        return digest(self.model_dump(mode="json"))

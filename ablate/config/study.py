@@ -1,0 +1,166 @@
+"""A study file: the factors under study, the design that enumerates or searches them, and its limits."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from ablate.config.presets import PRESETS, Preset
+from ablate.config.section import ConfigError, Section, parse
+from ablate.config.settings import Dense, Finite, Mixture, Model, Positive, Train, Tree, Trial
+
+
+class Levels(Section):
+    """A factor given as a range, for a search."""
+
+    low: Finite
+    high: Finite
+    log: bool = False
+    integer: bool = False
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.low < self.high:
+            raise ValueError(f"low is {self.low}: it must be under high = {self.high}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"low is {self.low}: a log range needs it above 0")
+        return self
+
+
+Scalar = bool | int | float | str | None
+
+
+class Factor(Section):
+    """One choice under study: a field of Tree, Model, Dense or Train, with its levels or range."""
+
+    levels: Annotated[list[Scalar], Field(min_length=1)] | None = None
+    range: Levels | None = None
+    when: dict[str, Scalar] = {}
+    """The factor exists only where these other factors have these levels; elsewhere the base's value stands."""
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.levels is None) == (self.range is None):
+            raise ValueError("levels is missing: a factor has either levels or a range")
+        if self.levels is not None and len({repr(v) for v in self.levels}) < len(self.levels):
+            raise ValueError(f"levels is {self.levels}: a level stands in it twice")
+        return self
+
+
+class Contrast(Section):
+    """A comparison named before the first trial: an arm against the reference arm, one endpoint."""
+
+    arm: str
+    reference: str = "reference"
+    endpoint: str = "bpb"
+    claim: Literal["lower", "higher", "matches"]
+    margin: Annotated[float, Field(gt=0)]
+
+
+class Tune(Section):
+    """Learning rates tried per arm, on seeds kept apart from the evaluation seeds."""
+
+    lr: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2)]
+    seeds: Annotated[list[int], Field(min_length=1)]
+
+
+class Budget(Section):
+    """When a search ends; the first limit that is reached counts. Enumerated designs take `trials` as an upper check."""
+
+    trials: Positive | None = None
+    tokens: Positive | None = None
+    hours: Annotated[float, Field(gt=0)] | None = None
+
+
+class Study(Section):
+    """One study file."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+    title: str = ""
+    notes: str = ""
+    design: Literal["search", "factorial", "one_at_a_time", "confirm"] = "factorial"
+    preset: Preset = "nano"
+    base: dict[str, Any] = {}
+    """Sections of a trial (corpus, model, tree, dense, moe, train, questions), over the preset."""
+    factors: dict[str, Factor] = {}
+    """Dotted field (tree.mirror) to its levels; a plain list of levels is enough."""
+    fraction: list[str] = []
+    """Two-level fractional factorial: generators such as 'tree.gain = tree.mirror * tree.placement'."""
+    arms: dict[str, dict[str, Scalar]] = {}
+    """Named arms, as changes of the base; in `confirm` and beside the grid of a factorial."""
+    contrasts: list[Contrast] = []
+    """`confirm` only."""
+    controls: list[Literal["total", "active", "none", "moe"]] = []
+    """Beside the arms: dense models of equal total or equal active units, each in the dense section's activation and in
+    every other one that an arm has; no feed-forward at all; a top-1 mixture of experts (which has a load loss)."""
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0, 1, 2]
+    match: Literal["total_units", "active_units", "none"] = "none"
+    tune: Tune | None = None
+    objectives: Annotated[list[Literal["bpb", "n_eff_frac", "dead_frac", "bits_lost"]], Field(min_length=1)] = ["bpb"]
+    pruner: Literal["halving", "median"] | None = None
+    budget: Budget = Budget()
+    margin: Annotated[float, Field(gt=0)] = 0.01
+    """bpb within which two arms are held to be equal."""
+    min_effect_n_eff: Annotated[float, Field(gt=0)] = 0.05
+    """n_eff_frac within which two arms are held to be equally balanced."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_factors(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("factors"), dict):
+            short = {k: {"levels": v} if isinstance(v, list) else v for k, v in data["factors"].items()}
+            data = {**data, "factors": short}
+        return data
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.pruner and len(self.objectives) > 1:
+            raise ValueError(
+                f"pruner is {self.pruner!r}: with {len(self.objectives)} objectives no trial can be pruned; drop one"
+            )
+        if self.pruner and self.design != "search":
+            raise ValueError(f"pruner is {self.pruner!r}: only design 'search' prunes")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds is {self.seeds}: a seed stands in it twice")
+        if self.tune and set(self.tune.seeds) & set(self.seeds):
+            raise ValueError(f"tune.seeds is {self.tune.seeds}: they must differ from seeds = {self.seeds}")
+        if self.design == "search" and not (self.budget.trials or self.budget.tokens or self.budget.hours):
+            raise ValueError("budget is missing: design 'search' needs budget.trials, budget.tokens or budget.hours")
+        if self.design in {"search", "factorial", "one_at_a_time"} and not self.factors:
+            raise ValueError(f"factors is missing: design {self.design!r} needs at least one")
+        if self.design != "search":
+            for key, factor in self.factors.items():
+                if factor.range is not None:
+                    raise ValueError(f"factors.{key}.range: design {self.design!r} needs levels")
+        if self.design == "confirm" and not (self.arms and self.contrasts):
+            raise ValueError("contrasts is missing: design 'confirm' needs arms and contrasts")
+        if self.contrasts and self.design != "confirm":
+            raise ValueError(f"contrasts: only design 'confirm' has them, not {self.design!r}")
+        for key in [*self.factors, *(k for a in self.arms.values() for k in a)]:
+            _field(key)
+        self.trial({})
+        return self
+
+    def trial(self, changes: dict[str, Any], *, seed: int = 0) -> Trial:
+        """The complete configuration of the base with dotted changes; both seeds are `seed`. Raises ConfigError."""
+        merged: dict[str, Any] = {k: dict(v) for k, v in PRESETS[self.preset].items()}
+        for name, section in self.base.items():
+            if not isinstance(section, dict):
+                raise ConfigError(f"base.{name} is {section!r}: a section with its settings is expected")
+            merged[name] = {**merged.get(name, {}), **section}
+        for key, value in changes.items():
+            section, field = _field(key)
+            merged.setdefault(section, {})[field] = value
+        return parse(Trial, {**merged, "init_seed": seed, "data_seed": seed}, where="base")
+
+
+def _field(key: str) -> tuple[str, str]:
+    """Section and field of a dotted factor name; raises ConfigError with the names that exist."""
+    section, _, field = key.partition(".")
+    sections: dict[str, type[Section]] = {"tree": Tree, "model": Model, "dense": Dense, "moe": Mixture, "train": Train}
+    if section not in sections:
+        raise ConfigError(f"factor {key!r} is unknown: it starts with one of {', '.join(s + '.' for s in sections)}")
+    if field not in sections[section].model_fields:
+        raise ConfigError(f"factor {key!r} is unknown: {section} has {', '.join(sections[section].model_fields)}")
+    return section, field
