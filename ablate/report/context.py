@@ -76,6 +76,16 @@ class Context:
         return arms.outcomes(self.tables)
 
     @cached_property
+    def history(self) -> pl.DataFrame:
+        """Evaluations of all trials but those that tune a learning rate."""
+        return self.tables.history.filter(pl.col("kind") != "tune")
+
+    @cached_property
+    def finished(self) -> pl.DataFrame:
+        """Runs that reached their end and have bits per byte."""
+        return self.outcomes.filter(pl.col("bpb").is_not_null() & (pl.col("status") == "finished"))
+
+    @cached_property
     def trees(self) -> list[str]:
         """Arms with balance, in reading order."""
         return [a["arm"] for a in self.findings["arms"] if a["n_eff_frac"]]

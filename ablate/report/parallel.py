@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 
 from ablate.report.context import Context
 from ablate.report.draw import wrap
@@ -28,39 +29,12 @@ def parallel(c: Context, view: View, rows: list[dict[str, Any]], factors: list[s
     keys = [*factors[:7], "dead_frac", "n_eff_frac", "bpb"]
     figure = new(7.6, 3.6)
     ax = figure.subplots()
-    box = {"facecolor": PAPER, "edgecolor": "none", "pad": 1.0, "alpha": 0.85}
-    places: dict[str, list[float]] = {}
-    ends: dict[str, tuple[str, str]] = {}
-    for k in keys:
-        if k in factors:
-            texts = [r[k] for r in runs]
-            names = sorted(set(texts), key=_numeric)
-            places[k] = [names.index(t) / max(1, len(names) - 1) for t in texts]
-            ends[k] = ("", "")
-            if len(names) <= 6:
-                for i, name in enumerate(names):
-                    ax.text(
-                        keys.index(k) + 0.04,
-                        i / max(1, len(names) - 1),
-                        wrap(name, 10, 1),
-                        fontsize=7,
-                        color=INK,
-                        va="center",
-                        zorder=4,
-                        bbox=box,
-                    )
-            else:
-                ends[k] = (names[0], names[-1])
-        else:
-            values = np.array([np.nan if r[k] is None else r[k] for r in runs], dtype=float)
-            low, high = float(np.nanmin(values)), float(np.nanmax(values))
-            places[k] = ((values - low) / max(high - low, 1e-12)).tolist()
-            ends[k] = (f"{low:.3f}", f"{high:.3f}")
+    axes = [_levels(ax, j, runs, k) if k in factors else _scale(runs, k) for j, k in enumerate(keys)]
     styles = {c.labels[a]: s for a, s in c.styles.arms.items()}
     rng = np.random.default_rng(0)  # spreads runs of one level apart, for the eye only
     jitter = rng.uniform(-0.02, 0.02, size=(len(runs), len(keys)))
     for i, r in enumerate(runs):
-        y = [places[k][i] + (jitter[i, j] if k in factors else 0) for j, k in enumerate(keys)]
+        y = [axes[j][0][i] + (jitter[i, j] if k in factors else 0) for j, k in enumerate(keys)]
         style = styles.get(r["arm"])
         ax.plot(
             range(len(keys)),
@@ -70,10 +44,10 @@ def parallel(c: Context, view: View, rows: list[dict[str, Any]], factors: list[s
             rasterized=len(runs) > RUNS_AS_LINES,
             alpha=max(0.12, min(0.7, 40 / len(runs))),
         )
-    for j, k in enumerate(keys):
+    for j, (_, low, high) in enumerate(axes):
         ax.axvline(j, color=MUTED, linewidth=0.9)
-        ax.text(j, -0.06, ends[k][0], ha="center", va="top", fontsize=7, color=MUTED)
-        ax.text(j, 1.05, ends[k][1], ha="center", va="bottom", fontsize=7, color=MUTED)
+        ax.text(j, -0.06, low, ha="center", va="top", fontsize=7, color=MUTED)
+        ax.text(j, 1.05, high, ha="center", va="bottom", fontsize=7, color=MUTED)
     ax.set_xticks(
         range(len(keys)), [wrap(k.partition(".")[2].replace("_", " ") if k in factors else k, 12) for k in keys]
     )
@@ -85,6 +59,26 @@ def parallel(c: Context, view: View, rows: list[dict[str, Any]], factors: list[s
     view.figures.append(
         ("parallel", "Every finished run across its settings and outcomes, coloured as its arm", figure)
     )
+
+
+def _levels(ax: Axes, place: int, runs: list[dict[str, Any]], key: str) -> tuple[list[float], str, str]:
+    """Places of the runs' levels from 0 to 1, and what the axis says at its ends; few levels are named on the axis."""
+    texts = [r[key] for r in runs]
+    names = sorted(set(texts), key=_numeric)
+    at = {name: i / max(1, len(names) - 1) for i, name in enumerate(names)}
+    if len(names) > 6:
+        return [at[t] for t in texts], names[0], names[-1]
+    box = {"facecolor": PAPER, "edgecolor": "none", "pad": 1.0, "alpha": 0.85}
+    for name, y in at.items():
+        ax.text(place + 0.04, y, wrap(name, 10, 1), fontsize=7, color=INK, va="center", zorder=4, bbox=box)
+    return [at[t] for t in texts], "", ""
+
+
+def _scale(runs: list[dict[str, Any]], key: str) -> tuple[list[float], str, str]:
+    """Places of the runs' values from 0 to 1, and the lowest and highest value as text."""
+    values = np.array([np.nan if r[key] is None else r[key] for r in runs], dtype=float)
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    return ((values - low) / max(high - low, 1e-12)).tolist(), f"{low:.3f}", f"{high:.3f}"
 
 
 def _numeric(text: str) -> tuple[int, float, str]:

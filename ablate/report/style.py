@@ -20,6 +20,7 @@ INK, MUTED, GRID, PAPER = "#1c1d21", "#5b5f68", "#dcdee3", "#fffffe"
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
 PLOTLY_MARKERS = ["circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x", "star"]
 DASHES: list[Any] = ["-", "--", ":", "-."]
+PLOTLY_DASHES = ["solid", "dash", "dot", "dashdot"]
 # Share of tokens against an even share, on a log scale: blue under, white even, brown over.
 LOAD = LinearSegmentedColormap.from_list("load", ["#08306b", "#4292c6", "#f7f7f5", "#e08214", "#7f3b08"])
 SIGNED = LinearSegmentedColormap.from_list("signed", ["#0072b2", "#f7f7f5", "#d55e00"])
@@ -136,9 +137,10 @@ def assign(tables: Tables, order: list[str], labels: dict[str, str]) -> Styles:
     own.
     """
     factors = tables.factors
-    first = tables.evaluation().unique("arm", keep="first", maintain_order=True)
+    first = tables.trials.filter(pl.col("kind") != "tune").unique("arm", keep="first", maintain_order=True)
     rows = {r["arm"]: r for r in first.iter_rows(named=True)}
-    grid = [a for a in order if rows[a]["kind"] == "arm" and a not in tables.study.arms and a != "reference"]
+    spanned = {"arm", "search"}  # kinds whose settings are levels of the factors
+    grid = [a for a in order if rows[a]["kind"] in spanned and a not in tables.study.arms and a != "reference"]
     # Few levels make a readable composite legend; a continuous or crowded factor does not.
     ranked = sorted(factors, key=lambda f: -_levels(tables, f, grid))
     usable = [f for f in ranked if 2 <= _levels(tables, f, grid) <= (8, 8, 2)[min(ranked.index(f), 2)]][:3]
@@ -164,7 +166,7 @@ def assign(tables: Tables, order: list[str], labels: dict[str, str]) -> Styles:
             arms[a] = ArmStyle(COLOURS[i % 8], i % 8, True, i // 8 % 4)
             if len(grid) <= 12:
                 legend.append((labels[a], arms[a]))
-    named = [a for a in order if a not in arms and rows[a]["kind"] == "arm"]
+    named = [a for a in order if a not in arms and rows[a]["kind"] != "control"]
     for i, a in enumerate(named):
         # Marks from the far end, so that they differ from the grid's.
         arms[a] = ArmStyle(INK if i == 0 else COLOURS[(7 - i) % 8], (7 - i) % 8, True)

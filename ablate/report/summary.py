@@ -18,7 +18,7 @@ def frames(c: Context) -> dict[str, pl.DataFrame]:
 def _curve(c: Context, column: str, since: float = 0) -> pl.DataFrame:
     """Columns arm (its reading name), step, the value, and n, from a share of the training on."""
     drawn = [a for a in c.order if a in c.shown or c.kinds[a] == "control"]
-    history = c.tables.history.filter(pl.col("arm").is_in(drawn) & (pl.col("kind") != "tune"))
+    history = c.history.filter(pl.col("arm").is_in(drawn))
     history = history.filter(pl.col("step") >= since * pl.col("step").max())
     means = history.drop_nulls(column).group_by("arm", "step").agg(pl.col(column).mean(), pl.len().alias("n"))
     names = pl.col("arm").replace_strict(c.labels, return_dtype=pl.String)

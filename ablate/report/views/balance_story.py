@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ablate.report.context import Context
-from ablate.report.parts import Column, Table, View
-from ablate.report.tables import RUN_STUDY
+from ablate.report.parts import Table, View
+from ablate.report.tables import columns, needs
 
 
 def balance_story(c: Context) -> View:
@@ -15,8 +15,8 @@ def balance_story(c: Context) -> View:
         "balance", "Imbalance at birth, transient collapse, self-pruning", "Where does imbalance come from, arm by arm?"
     )
     records = [a for a in c.findings["arms"] if a["n_eff_frac"]]
-    if not records:
-        view.missing = f"No tree arm with balance measured: {RUN_STUDY.format(name=c.tables.name)}."
+    view.missing = needs(c, "balance")
+    if view.missing:
         return view
     keys = {
         "n_eff_frac_start": "n_eff_frac at step 0",
@@ -28,19 +28,13 @@ def balance_story(c: Context) -> View:
         "pruned_frac": "alive at step 0, died, stayed dead",
         "revived_frac": "died and came back",
     }
-    forms = {k: ".3f" if k.startswith("n_eff") else ".1%" for k in keys}
     rows = [
         {"arm": a["label"], "n": a["n"], **{k: a[k]["mean"] if a[k] else None for k in keys}, "runs": a["run_ids"]}
         for a in records
     ]
-    columns = [
-        Column("arm", "arm"),
-        Column("n", "n", "d"),
-        *(Column(k, t, forms[k]) for k, t in keys.items()),
-        Column("runs", "runs", "runs"),
-    ]
+    head = columns(n=("n", "d"), **{k: (t, ".3f" if k.startswith("n_eff") else ".1%") for k, t in keys.items()})
     view.tables.append(
-        Table("balance_story", "Balance at birth, at its worst and at the end (means over seeds)", columns, rows)
+        Table("balance_story", "Balance at birth, at its worst and at the end (means over seeds)", head, rows)
     )
     view.tables.append(_restored(c))
     told = records if len(records) <= 20 else [a for a in records if a["arm"] in c.shown]
@@ -66,22 +60,19 @@ def _restored(c: Context) -> Table:
         }
         for r in c.findings["restored"]
     ]
-    columns = [
-        Column("arm", "arm"),
-        Column("restored", "restored"),
-        Column("n_eff_frac", "n_eff_frac", ".3f"),
-        Column("worst", "worst tree", ".3f"),
-        Column("dead", "dead leaves at most 1%"),
-        Column(
-            "bpb",
+    head = columns(
+        restored="restored",
+        n_eff_frac=("n_eff_frac", ".3f"),
+        worst=("worst tree", ".3f"),
+        dead="dead leaves at most 1%",
+        bpb=(
             "bpb non-inferior",
-            help="upper end of the one-sided 95% interval against the reference arm under the margin",
+            "text",
+            "upper end of the one-sided 95% interval against the reference arm under the margin",
         ),
-        Column("holds", "restored at thresholds"),
-        Column("n", "n", "d"),
-        Column("runs", "runs", "runs"),
-    ]
-    return Table("restored", "Is balance restored? (n_eff_frac at least 0.8, and both criteria)", columns, rows)
+        holds="restored at thresholds",
+    )
+    return Table("restored", "Is balance restored? (n_eff_frac at least 0.8, and both criteria)", head, rows)
 
 
 def overall(records: list[dict[str, Any]]) -> str:

@@ -8,8 +8,9 @@ import polars as pl
 
 from ablate.report.context import Context
 from ablate.report.draw import few_ticks, mark, wrap
-from ablate.report.parts import Column, Table, View
+from ablate.report.parts import Table, View
 from ablate.report.style import DASHES, INK, MUTED, new
+from ablate.report.tables import cells, columns
 
 ROWS = 40  # arms and controls drawn
 
@@ -41,7 +42,7 @@ def controls(c: Context) -> View:
 
 
 def _figure(c: Context, view: View) -> None:
-    frame = c.outcomes.filter(pl.col("bpb").is_not_null() & (pl.col("status") == "finished"))
+    frame = c.finished
     present = set(frame["arm"])
     arms = [a for a in c.order if a in present and (a in c.shown or c.kinds[a] == "control")][:ROWS]
     if not arms:
@@ -100,20 +101,17 @@ def _recovered(c: Context, view: View) -> None:
         }
         for r in found
     ]
-    columns = [
-        Column("arm", "arm"),
-        Column("activation", "activation of the controls"),
-        Column("gap", "gap in bpb", ".4f", "dense of active units minus dense of total units"),
-        Column("margins", "gap in margins", ".1f"),
-        Column("effect", "share recovered", "+.0%", "(active - arm) / (active - total), means over paired seeds"),
-        Column("low", "from", "+.0%", "Fieller's 95% interval; none where the gap is not apart from 0"),
-        Column("high", "to", "+.0%"),
-        Column("verdict", "recovers some"),
-        Column("p_adjusted", "adjusted p", ".3g"),
-        Column("n", "n", "d"),
-        Column("runs", "runs", "runs"),
-    ]
-    view.tables.append(Table("recovered", "Share of the gap between dense(active) and dense(total)", columns, rows))
+    head = columns(
+        activation="activation of the controls",
+        gap=("gap in bpb", ".4f", "dense of active units minus dense of total units"),
+        margins=("gap in margins", ".1f"),
+        effect=("share recovered", "+.0%", "(active - arm) / (active - total), means over paired seeds"),
+        low=("from", "+.0%", "Fieller's 95% interval; none where the gap is not apart from 0"),
+        high=("to", "+.0%"),
+        verdict="recovers some",
+        p_adjusted=("adjusted p", ".3g"),
+    )
+    view.tables.append(Table("recovered", "Share of the gap between dense(active) and dense(total)", head, rows))
     if all(cannot_tell(r) for r in found):
         view.reading.append(
             f"Cannot tell: the gap between dense layers of active and of total units is {found[0]['gap']:.4f} bpb, "
@@ -137,21 +135,21 @@ def _questions(c: Context, view: View) -> None:
             )
     if not rows:
         return
-    columns = [
-        Column("task", "task"),
-        Column("shots", "shots"),
-        Column("metric", "metric"),
-        Column("arm", "arm"),
-        Column("mean", "mean over seeds", ".4f"),
-        Column("low", "lowest", ".4f"),
-        Column("high", "highest", ".4f"),
-        Column("error", "standard error of one run", ".4f", "over questions, clustered by document; mean over seeds"),
-        Column("chance", "chance", ".3f"),
-        Column("unigram", "unigram", ".4f"),
-        Column("n", "n", "d"),
-    ]
+    head = cells(
+        task="task",
+        shots="shots",
+        metric="metric",
+        arm="arm",
+        mean=("mean over seeds", ".4f"),
+        low=("lowest", ".4f"),
+        high=("highest", ".4f"),
+        error=("standard error of one run", ".4f", "over questions, clustered by document; mean over seeds"),
+        chance=("chance", ".3f"),
+        unigram=("unigram", ".4f"),
+        n=("n", "d"),
+    )
     rows.sort(key=lambda r: (r["task"], r["shots"], r["metric"]))
-    view.tables.append(Table("questions", "Question answering at the end of the trials", columns, rows))
+    view.tables.append(Table("questions", "Question answering at the end of the trials", head, rows))
     above = [r for r in rows if r["chance"] is not None and r["error"] and r["mean"] > r["chance"] + 2 * r["error"]]
     told = sorted({str(r["arm"]) for r in above})
     view.reading.append(

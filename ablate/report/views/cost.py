@@ -7,70 +7,60 @@ import polars as pl
 
 from ablate.report.context import Context
 from ablate.report.draw import few_ticks, legend, mark
-from ablate.report.parts import Column, Table, View
+from ablate.report.parts import Table, View
 from ablate.report.style import new
+from ablate.report.tables import absent, columns
+
+COUNTS: dict[str, tuple[str, str]] = {
+    "total_units": ("units", ",.0f"),
+    "active_units": ("active units", ",.0f"),
+    "active_frac": ("active share", ".1%"),
+    "total_params": ("parameters", ",.0f"),
+    "active_params": ("active parameters", ",.0f"),
+    "flops_per_token": ("FLOPs a token", ",.0f"),
+    "tokens": ("training tokens", ",.0f"),
+    "seconds": ("seconds", ",.1f"),
+    "tokens_per_second": ("tokens/s", ",.0f"),
+}
 
 
 def cost(c: Context) -> View:
-    """Units, parameters, FLOPs, tokens and measured time of every arm."""
+    """Show units, parameters, FLOPs, tokens and measured time of every arm."""
     view = View("cost", "Cost", "What does each arm cost, in units, parameters, arithmetic and measured time?")
     rows = [
-        {
-            "arm": a["label"],
-            **{
-                k: a[k]
-                for k in (
-                    "total_units",
-                    "active_units",
-                    "active_frac",
-                    "total_params",
-                    "active_params",
-                    "flops_per_token",
-                    "tokens",
-                    "seconds",
-                    "tokens_per_second",
-                )
-            },
-            "bpb": a["bpb"]["mean"] if a["bpb"] else None,
-            "n": a["n"],
-            "runs": a["run_ids"],
-        }
+        {"arm": a["label"], **{key: a[key] for key in COUNTS}, "n": a["n"], "runs": a["run_ids"]}
+        | {"bpb": a["bpb"]["mean"] if a["bpb"] else None}
         for a in c.findings["arms"]
     ]
-    columns = [
-        Column("arm", "arm"),
-        Column("bpb", "bpb", ".4f"),
-        Column("total_units", "units", ",.0f"),
-        Column("active_units", "active units", ",.0f"),
-        Column("active_frac", "active share", ".1%"),
-        Column("total_params", "parameters", ",.0f"),
-        Column("active_params", "active parameters", ",.0f"),
-        Column("flops_per_token", "FLOPs a token", ",.0f"),
-        Column("tokens", "training tokens", ",.0f"),
-        Column("seconds", "seconds", ",.1f"),
-        Column("tokens_per_second", "tokens/s", ",.0f"),
-        Column("n", "n", "d"),
-        Column("runs", "runs", "runs"),
-    ]
-    view.tables.append(
-        Table("cost", "Counts are exact; time is measured on the machines named below, means over seeds", columns, rows)
-    )
+    caption = "Counts are exact; time is measured on the machines named below, means over seeds"
+    view.tables.append(Table("cost", caption, columns(bpb=("bpb", ".4f"), **COUNTS), rows))
     known = [r for r in rows if r["bpb"] is not None and r["flops_per_token"] is not None]
     if not known:
-        view.missing = f"No finished run with costs: run `ablate study run studies/{c.tables.name}.yaml`."
+        view.missing = absent(c, "No finished run with costs")
         return view
+    _figure(c, view, len(known))
+    tokens = sorted({r["tokens"] for r in known if r["tokens"] is not None})
+    view.reading.append(f"Training tokens a run: {', '.join(f'{t:,.0f}' for t in tokens[:5])}.")
+    view.reading.append("Time depends on the machine, its load and the threads; compare only runs of one machine type.")
+    drawn = ("arm", "bpb", "flops_per_token", "tokens_per_second", "seconds")
+    view.data["cost_points"] = pl.DataFrame([{k: r[k] for k in drawn} for r in known])
+    return view
+
+
+def _figure(c: Context, view: View, known: int) -> None:
+    """Arm means of bpb against FLOPs and against speed; a diverged arm must not stretch the axis."""
     figure = new(7.2, 4.0)
     left, right = figure.subplots(1, 2, sharey=True)
     drawn = [
         a
         for a in c.findings["arms"]
-        if a["bpb"] and a["flops_per_token"] is not None and (len(known) <= 60 or a["arm"] in c.shown)
+        if a["bpb"] and a["flops_per_token"] is not None and (known <= 60 or a["arm"] in c.shown)
     ]
-    finite = np.array([a["bpb"]["mean"] for a in drawn if not a["statuses"].get("diverged")])
     for a in drawn:
         for ax, key in ((left, "flops_per_token"), (right, "tokens_per_second")):
             if a[key] is not None:
                 ax.plot(a[key], a["bpb"]["mean"], linestyle="none", markersize=7, **mark(c.styles.arms[a["arm"]]))
+    finite = np.array([a["bpb"]["mean"] for a in drawn if not a["statuses"].get("diverged")])
     if len(finite):
         pad = 0.08 * max(float(np.ptp(finite)), 1e-3)
         left.set_ylim(float(finite.min()) - pad, float(finite.max()) + pad)
@@ -81,10 +71,3 @@ def cost(c: Context) -> View:
     left.ticklabel_format(axis="x", style="sci", scilimits=(6, 6))
     legend(figure, c.styles, columns=3)
     view.figures.append(("cost", "Quality against arithmetic and against measured speed, arm means", figure))
-    tokens = sorted({r["tokens"] for r in known if r["tokens"] is not None})
-    view.reading.append(f"Training tokens a run: {', '.join(f'{t:,.0f}' for t in tokens[:5])}.")
-    view.reading.append("Time depends on the machine, its load and the threads; compare only runs of one machine type.")
-    view.data["cost_points"] = pl.DataFrame(
-        [{k: r[k] for k in ("arm", "bpb", "flops_per_token", "tokens_per_second", "seconds")} for r in known]
-    )
-    return view

@@ -8,18 +8,19 @@ import polars as pl
 
 from ablate.report.context import Context
 from ablate.report.draw import few_ticks, legend, mark, wrap
-from ablate.report.parts import Column, Table, View
+from ablate.report.parts import Table, View
 from ablate.report.style import DASHES, new
+from ablate.report.tables import absent, columns
 
 
 def flips(c: Context) -> View:
     """How many tokens still change their leaf, and agreement with the end beyond chance."""
     view = View("flips", "Flips and saturation of routing", "Does routing settle, and when?")
-    history = c.tables.history.filter(pl.col("arm").is_in(c.shown) & (pl.col("kind") == "arm"))
+    history = c.history.filter(pl.col("arm").is_in(c.shown))
     if not history["flip_rate"].count() and not history["saturation"].count():
-        view.missing = (
-            f"No flip_rate or saturation in tables/{c.tables.name}/history.parquet (a study of two evaluations or more with "
-            f"trees has them): run `ablate study run studies/{c.tables.name}.yaml`, then `ablate collect {c.tables.name}`."
+        view.missing = absent(
+            c,
+            "No flip_rate or saturation in the history table (a study of two evaluations or more with trees has them)",
         )
         return view
     names = {
@@ -69,13 +70,10 @@ def _settled(c: Context, history: pl.DataFrame) -> Table:
         row |= {"flip_rate": ends["flip_rate"].mean(), "flip_rate_worst": ends["flip_rate_worst"].max()}
         row |= {"saturation": ends["saturation"].mean(), "saturation_worst": ends["saturation_worst"].min()}
         rows.append(row)
-    columns = [
-        Column("arm", "arm"),
-        Column("flip_rate", "changed leaf before the end", ".1%", "since the evaluation before the last"),
-        Column("flip_rate_worst", "in the worst tree", ".1%"),
-        Column("saturation", "κ of step 0 with the end", ".3f"),
-        Column("saturation_worst", "in the worst tree", ".3f"),
-        Column("n", "n", "d"),
-        Column("runs", "runs", "runs"),
-    ]
-    return Table("settled", "Does routing settle? Means over seeds, and the worst tree of any seed", columns, rows)
+    head = columns(
+        flip_rate=("changed leaf before the end", ".1%", "since the evaluation before the last"),
+        flip_rate_worst=("in the worst tree", ".1%"),
+        saturation=("κ of step 0 with the end", ".3f"),
+        saturation_worst=("in the worst tree", ".3f"),
+    )
+    return Table("settled", "Does routing settle? Means over seeds, and the worst tree of any seed", head, rows)

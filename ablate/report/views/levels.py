@@ -9,15 +9,15 @@ from ablate.balance.metrics import bits_lost_by_level
 from ablate.report.context import Context
 from ablate.report.draw import legend, mark, plain, plotly_mark
 from ablate.report.parts import View
-from ablate.report.style import DASHES, new
-from ablate.report.tables import RUN_STUDY
+from ablate.report.style import DASHES, PLOTLY_DASHES, new
+from ablate.report.tables import needs
 
 
 def levels(c: Context) -> View:
     """Entropy that each tree level loses."""
     view = View("levels", "Entropy lost per tree level", "Is balance lost near the root or near the leaves?")
-    if not c.usage:
-        view.missing = f"No usage table: {RUN_STUDY.format(name=c.tables.name)}."
+    view.missing = needs(c, "usage")
+    if view.missing:
         return view
     shown = [a for a in c.shown if a in c.usage and c.usage[a].depth > 0]
     figure = new(7.2, 4.2)
@@ -51,7 +51,7 @@ def levels(c: Context) -> View:
                 "x": x,
                 "y": mean.tolist(),
                 "marker": plotly_mark(style, 7),
-                "line": {"color": style.colour, "dash": ["solid", "dash", "dot", "dashdot"][style.dash]},
+                "line": {"color": style.colour, "dash": PLOTLY_DASHES[style.dash]},
                 "hovertemplate": "level %{x}: %{y:.4f}<extra>" + plain(c.labels[arm]) + "</extra>",
             }
         )

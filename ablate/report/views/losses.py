@@ -9,46 +9,52 @@ import polars as pl
 
 from ablate.report.context import Context
 from ablate.report.draw import few_ticks, legend, mark, plain, plotly_mark
-from ablate.report.parts import Column, Table, View
-from ablate.report.style import DASHES, new
+from ablate.report.parts import Table, View
+from ablate.report.style import DASHES, PLOTLY_DASHES, ArmStyle, new
+from ablate.report.tables import absent, columns
 
 
 def losses(c: Context) -> View:
-    """Loss curves of every arm, and how each depends on the learning rate."""
+    """Show loss curves of every arm, and how each depends on the learning rate."""
     view = View(
         "loss", "Loss curves and learning rates", "Was every arm trained to its end, at a learning rate that suits it?"
     )
-    history = c.tables.history.filter(pl.col("bpb").is_not_null() & (pl.col("kind") != "tune") & (pl.col("step") > 0))
+    history = c.history.filter(pl.col("bpb").is_not_null() & (pl.col("step") > 0))
     present = set(history["arm"].unique())
-    arms = [a for a in c.order if a in present]
-    arms = [a for a in arms if a in c.shown or c.kinds[a] == "control"]
+    arms = [a for a in c.order if a in present and (a in c.shown or c.kinds[a] == "control")]
     if not arms:
-        view.missing = f"No evaluation after step 0: run `ablate study run studies/{c.tables.name}.yaml`."
+        view.missing = absent(c, "No evaluation after step 0")
         return view
+    value = pl.col("bpb")
     means = (
         history.filter(pl.col("arm").is_in(arms))
         .group_by("arm", "step")
-        .agg(
-            pl.col("bpb").mean(),
-            pl.col("bpb").min().alias("low"),
-            pl.col("bpb").max().alias("high"),
-            pl.len().alias("n"),
-        )
+        .agg(value.mean(), value.min().alias("low"), value.max().alias("high"), pl.len().alias("n"))
         .sort("arm", "step")
     )
     view.data["loss_curves"] = means
-    figure, difference = new(7.2, 4.4), new(7.2, 4.2)
-    ax, against = figure.subplots(), difference.subplots()
-    reference = c.findings["reference"]
-    base = means.filter(pl.col("arm").eq_missing(pl.lit(reference))).select("step", base="bpb")
+    _curves(c, view, arms, means)
+    if c.findings["reference"] in arms:
+        _differences(c, view, arms, means)
+    if c.choice:
+        view.reading.append(c.choice)
+    _rates(c, view)
+    return view
+
+
+def _line(style: ArmStyle) -> dict[str, Any]:
+    return {"linestyle": DASHES[style.dash], "linewidth": 1.3, "markersize": 3.5, **mark(style)}
+
+
+def _curves(c: Context, view: View, arms: list[str], means: pl.DataFrame) -> None:
+    """Means over seeds with their range, without the steep start, and the same for the page."""
+    figure = new(7.2, 4.4)
+    ax = figure.subplots()
     traces = []
     for arm in arms:
         part, style = means.filter(pl.col("arm") == arm), c.styles.arms[arm]
-        line: dict[str, Any] = {"linestyle": DASHES[style.dash], "linewidth": 1.3, "markersize": 3.5, **mark(style)}
         ax.fill_between(part["step"], part["low"], part["high"], color=style.colour, alpha=0.12, linewidth=0)
-        ax.plot(part["step"], part["bpb"], **line)
-        both = part.join(base, on="step").sort("step")
-        against.plot(both["step"], both["bpb"] - both["base"], **line)
+        ax.plot(part["step"], part["bpb"], **_line(style))
         traces.append(
             {
                 "type": "scatter",
@@ -56,7 +62,7 @@ def losses(c: Context) -> View:
                 "name": plain(c.labels[arm]),
                 "x": part["step"].to_list(),
                 "y": part["bpb"].to_list(),
-                "line": {"color": style.colour, "dash": ["solid", "dash", "dot", "dashdot"][style.dash]},
+                "line": {"color": style.colour, "dash": PLOTLY_DASHES[style.dash]},
                 "marker": plotly_mark(style, 6),
                 "hovertemplate": "step %{x}: %{y:.4f}<extra>" + plain(c.labels[arm]) + "</extra>",
             }
@@ -69,25 +75,32 @@ def losses(c: Context) -> View:
     ax.set_xlim(left=since)
     ax.set_ylabel("bits per byte on the held-out slice")
     ax.set_xlabel("optimizer step")
-    few_ticks(ax, against)
+    few_ticks(ax)
     legend(figure, c.styles, lines=True, columns=3)
     caption = "Means over seeds (band: lowest to highest); the steep start is cut off"
     view.figures.append(("loss_curves", caption, figure))
-    if reference in arms:
-        against.set_xlabel("optimizer step")
-        against.set_ylabel(f"bits per byte, minus {c.labels[reference]}")
-        legend(difference, c.styles, lines=True, columns=3)
-        view.figures.append(("loss_differences", "The same means minus those of the reference arm", difference))
     layout = {
         "xaxis": {"title": {"text": "optimizer step"}, "range": [since, float(late["step"].to_numpy().max())]},
         "yaxis": {"title": {"text": "bits per byte"}, "range": [float(last.min()) - 0.02, top]},
         "height": 520,
     }
     view.plots.append(("loss_curves", {"data": traces, "layout": layout}))
-    if c.choice:
-        view.reading.append(c.choice)
-    _rates(c, view)
-    return view
+
+
+def _differences(c: Context, view: View, arms: list[str], means: pl.DataFrame) -> None:
+    """The means minus those of the reference arm."""
+    figure = new(7.2, 4.2)
+    ax = figure.subplots()
+    reference = c.findings["reference"]
+    base = means.filter(pl.col("arm") == reference).select("step", base="bpb")
+    for arm in arms:
+        both = means.filter(pl.col("arm") == arm).join(base, on="step").sort("step")
+        ax.plot(both["step"], both["bpb"] - both["base"], **_line(c.styles.arms[arm]))
+    few_ticks(ax)
+    ax.set_xlabel("optimizer step")
+    ax.set_ylabel(f"bits per byte, minus {c.labels[reference]}")
+    legend(figure, c.styles, lines=True, columns=3)
+    view.figures.append(("loss_differences", "The same means minus those of the reference arm", figure))
 
 
 def _rates(c: Context, view: View) -> None:
@@ -117,15 +130,19 @@ def _rates(c: Context, view: View) -> None:
         }
         for r in records
     ]
-    columns = [
-        Column("arm", "arm"),
-        Column("best", "best rate", ".3g"),
-        Column("interior", "interior"),
-        Column("rates", "bpb at each rate"),
-        Column("best_of", "expected best of 1, 2, … rates"),
-        Column("runs", "runs", "runs"),
-    ]
-    view.tables.append(Table("learning_rates", "Learning rates tried, on tuning seeds of their own", columns, rows))
+    head = columns(
+        best=("best rate", ".3g"),
+        interior="interior",
+        rates="bpb at each rate",
+        best_of="expected best of 1, 2, … rates",
+        n=None,
+    )
+    view.tables.append(Table("learning_rates", "Learning rates tried, on tuning seeds of their own", head, rows))
+    _sensitivity(c, view, records)
+
+
+def _sensitivity(c: Context, view: View, records: list[dict[str, Any]]) -> None:
+    """Bpb at each rate, and the expected best of n rates."""
     figure = new(6.6, 3.6)
     left, right = figure.subplots(1, 2, sharey=True)
     for r in [r for r in records if r["arm"] in c.shown or len(records) <= 16]:
@@ -133,22 +150,9 @@ def _rates(c: Context, view: View) -> None:
         if style is None:
             continue
         known = [x for x in r["rates"] if x["bpb"] is not None]
-        left.plot(
-            [x["lr"] for x in known],
-            [x["bpb"] for x in known],
-            linestyle=DASHES[style.dash],
-            markersize=5,
-            linewidth=1.2,
-            **mark(style),
-        )
-        right.plot(
-            range(1, len(r["best_of_n"]) + 1),
-            r["best_of_n"],
-            linestyle=DASHES[style.dash],
-            markersize=5,
-            linewidth=1.2,
-            **mark(style),
-        )
+        look: dict[str, Any] = {"linestyle": DASHES[style.dash], "linewidth": 1.2, "markersize": 5, **mark(style)}
+        left.plot([x["lr"] for x in known], [x["bpb"] for x in known], **look)
+        right.plot(range(1, len(r["best_of_n"]) + 1), r["best_of_n"], **look)
     left.set_xscale("log")
     rates = sorted({x["lr"] for r in records for x in r["rates"]})
     left.set_xticks(rates, [f"{v:g}" for v in rates])

@@ -9,8 +9,9 @@ import polars as pl
 
 from ablate.report.context import Context
 from ablate.report.draw import versus, zero
-from ablate.report.parts import Column, Table, View
+from ablate.report.parts import Table, View
 from ablate.report.style import COLOURS, MARKERS, VERDICT_COLOUR, VERDICT_MARK, new
+from ablate.report.tables import cells
 from ablate.report.wording import ENDPOINT, cap, no_factors, short
 
 
@@ -38,20 +39,20 @@ def main_effects(c: Context) -> View:
         }
         for e in effects["terms"]
     ]
-    columns = [
-        Column("term", "term"),
-        Column("endpoint", "endpoint"),
-        Column("df", "df", "d"),
-        Column("f", "F (HC3)", ".2f"),
-        Column("p_adjusted", "adjusted p", ".3g"),
-        Column("omega2", "partial ω²", ".3f"),
-        Column("low", "95% from", ".3f"),
-        Column("high", "to", ".3f"),
-        Column("n", "runs n", "d"),
-        Column("read", "how to read"),
-        Column("runs", "runs", "runs"),
-    ]
-    view.tables.append(Table("terms", "Type II analysis with seeds as blocks; intervals resample seeds", columns, rows))
+    head = cells(
+        term="term",
+        endpoint="endpoint",
+        df=("df", "d"),
+        f=("F (HC3)", ".2f"),
+        p_adjusted=("adjusted p", ".3g"),
+        omega2=("partial ω²", ".3f"),
+        low=("95% from", ".3f"),
+        high=("to", ".3f"),
+        n=("runs n", "d"),
+        read="how to read",
+        runs=("runs", "runs"),
+    )
+    view.tables.append(Table("terms", "Type II analysis with seeds as blocks; intervals resample seeds", head, rows))
     view.reading = _effect_reading(c)
     _importance_figure(view, effects["terms"])
     _level_figure(c, view)
@@ -201,15 +202,15 @@ def _importance_of_search(c: Context, view: View) -> None:
     if not rows:
         return
     view.missing = ""
-    columns = [
-        Column("factor", "factor"),
-        Column("endpoint", "endpoint"),
-        Column("measure", "measure"),
-        Column("value", "strength", "+.3f"),
-        Column("p_adjusted", "adjusted p", ".3g"),
-        Column("n", "n", "d"),
-    ]
-    view.tables.append(Table("importance", "Association of each setting with the outcome", columns, rows))
+    head = cells(
+        factor="factor",
+        endpoint="endpoint",
+        measure="measure",
+        value=("strength", "+.3f"),
+        p_adjusted=("adjusted p", ".3g"),
+        n=("n", "d"),
+    )
+    view.tables.append(Table("importance", "Association of each setting with the outcome", head, rows))
     view.reading.append(
         "A search chooses its trials and runs each once, so these are leads, not effects: Spearman's correlation for numbers, "
         "epsilon squared (Kruskal-Wallis) for the rest. Confirm candidates with a `confirm` study."

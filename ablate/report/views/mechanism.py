@@ -8,8 +8,9 @@ import polars as pl
 
 from ablate.report.context import Context
 from ablate.report.draw import mark, wrap, zero
-from ablate.report.parts import Column, Table, View
+from ablate.report.parts import Table, View
 from ablate.report.style import DASHES, MUTED, new
+from ablate.report.tables import columns
 
 PUSHES = {"router_fuller": "the router", "drift_fuller": "drift"}
 
@@ -31,7 +32,7 @@ def mechanism(c: Context) -> View:
     view.reading = [_verdict(found), *_moves(c, found["pushes"]), *_foretold(c, found["prediction"])]
     figure = new(9.4, 3.5)
     died, turned, moved = figure.subplots(1, 3)
-    history = c.tables.history.filter((pl.col("kind") == "arm") & pl.col("dead_frac").is_not_null())
+    history = c.history.filter(pl.col("dead_frac").is_not_null())
     for arm in arms:
         style, rows = c.styles.arms[arm], history.filter(pl.col("arm") == arm)
         for one in rows.partition_by("trial", maintain_order=True):
@@ -143,29 +144,23 @@ def _table(c: Context, pushes: list[dict[str, Any]]) -> Table:
         | {key: p[key]["mean"] for key in names}
         for p in pushes
     ]
-    columns = [
-        Column("arm", "arm"),
-        Column("since", "from step", "d"),
-        Column("step", "to step", "d"),
-        *(Column(key, title, "+.3f") for key, title in names.items()),
-        Column("n", "n", "d"),
-        Column("runs", "runs", "runs"),
-    ]
-    return Table("mechanism_pushes", "Mean motion of nodes between evaluations, in sd of z - t", columns, rows)
+    measured = {key: (title, "+.3f") for key, title in names.items()}
+    head = columns(since=("from step", "d"), step=("to step", "d"), **measured)
+    return Table("mechanism_pushes", "Mean motion of nodes between evaluations, in sd of z - t", head, rows)
 
 
 def _prediction(c: Context, found: list[dict[str, Any]]) -> Table:
     rows = [r | {"arm": c.labels[r["arm"]], "low": r["interval"][0], "high": r["interval"][1]} for r in found]
-    columns = [
-        Column("arm", "arm"),
-        Column("auc", "AUC", ".3f", "of lost sides by share, traffic, level and router offset"),
-        Column("auc_with_skew", "AUC with skew", ".3f"),
-        Column("gain", "gain", "+.3f"),
-        Column("low", "95% low", "+.3f"),
-        Column("high", "95% high", "+.3f"),
-        Column("p", "p", ".3g"),
-        Column("n", "held-out seeds", "d"),
-        Column("sides", "sides", "d"),
-        Column("lost", "lost", "d"),
-    ]
-    return Table("mechanism_prediction", "Does skew foretell which sides are lost?", columns, rows)
+    head = columns(
+        auc=("AUC", ".3f", "of lost sides by share, traffic, level and router offset"),
+        auc_with_skew=("AUC with skew", ".3f"),
+        gain=("gain", "+.3f"),
+        low=("95% low", "+.3f"),
+        high=("95% high", "+.3f"),
+        p=("p", ".3g"),
+        n=("held-out seeds", "d"),
+        sides=("sides", "d"),
+        lost=("lost", "d"),
+        runs=None,
+    )
+    return Table("mechanism_prediction", "Does skew foretell which sides are lost?", head, rows)

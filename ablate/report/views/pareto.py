@@ -6,85 +6,89 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from matplotlib.axes import Axes
+from numpy.typing import NDArray
 
 from ablate.report.context import Context
 from ablate.report.draw import ellipse, legend, mark, plain, plotly_mark
-from ablate.report.parts import Column, Table, View
-from ablate.report.style import DASHES, INK, MUTED, ArmStyle, new
+from ablate.report.parts import Table, View
+from ablate.report.style import DASHES, INK, MUTED, PLOTLY_DASHES, ArmStyle, new
+from ablate.report.tables import absent, columns
 
 SEED_DOTS = 1500  # runs drawn one by one; above that, arm means only
 
 
 def pareto(c: Context) -> View:
-    """Balance against quality, seeds as dots, dense controls as lines."""
+    """Show balance against quality, seeds as dots, dense controls as lines."""
     view = View("pareto", "Balance against quality", "Is balance paid for in bits per byte?")
     found = c.findings["pareto"]
     if not found:
-        view.missing = f"No run with both bpb and balance: run `ablate study run studies/{c.tables.name}.yaml`."
+        view.missing = absent(c, "No run with both bpb and balance")
         return view
     ended = c.outcomes.filter(pl.col("bpb").is_not_null() & pl.col("n_eff_frac").is_not_null())
-    finished = ended.filter(pl.col("status") == "finished").sort("arm", "seed")
-    view.data["pareto"] = ended.select("arm", "seed", "trial", "run_id", "status", "n_eff_frac", "bpb").sort(
-        "arm", "seed"
+    runs = ended.select("arm", "seed", "trial", "run_id", "status", "n_eff_frac", "bpb").sort("arm", "seed")
+    view.data["pareto"] = runs
+    rows = _rows(c, found["arms"])
+    sure = [r["arm"] for r in rows if r["probability"] >= 0.5]
+    if sure:
+        names = ", ".join(sure[:6]) + (" and others" if len(sure) > 6 else "")
+        view.reading.append(f"Not beaten on both axes in at least half of the seed resamples: {names}.")
+    else:
+        view.reading.append("No arm is on the front in half of the seed resamples.")
+    _figure(c, view, found["arms"], runs.filter(pl.col("status") == "finished"))
+    view.tables.append(_table(rows))
+    point, (low, high) = found["reference_point"], found["interval"]
+    view.reading.append(
+        f"Hypervolume over (n_eff_frac {point['n_eff_frac']:g}, bpb {point['bpb']:.3f}): {found['hypervolume']:.4f} "
+        f"({low:.4f} to {high:.4f} over seed resamples)."
     )
+    lost = sum(e["kept"] for e in c.findings["exclusions"])
+    if lost:
+        view.reading.append(
+            f"{lost} diverged run(s) count in the table with the untrained model's bpb and are not drawn."
+        )
+    return view
+
+
+def _rows(c: Context, arms: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row an arm, the surest member of the front first."""
+    rows = [
+        {"arm": c.labels[r["arm"]], "front": "yes" if r["on_front"] else "no", "runs": r["run_ids"]}
+        | {key: r[key] for key in ("n_eff_frac", "bpb", "probability", "n")}
+        for r in arms
+    ]
+    return sorted(rows, key=lambda r: (-r["probability"], r["bpb"]))
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    resamples = "share of 1,000 seed resamples in which no other arm beats it on both"
+    head = columns(
+        n_eff_frac=("n_eff_frac", ".3f"),
+        bpb=("bpb", ".4f"),
+        front="on the front",
+        probability=("P(not beaten)", ".2f", resamples),
+    )
+    return Table("pareto_front", "Who is beaten on both, and how sure that is", head, rows)
+
+
+def _figure(c: Context, view: View, arms: list[dict[str, Any]], finished: pl.DataFrame) -> None:
+    """Arms as marks, controls as lines, the front as steps; and the same for the page."""
     figure = new(7.2, 4.9)
     ax = figure.subplots()
-    traces: list[dict[str, Any]] = []
-    groups = {k[0]: g for k, g in finished.partition_by("arm", as_dict=True, maintain_order=True).items()}
     dots = finished.height <= SEED_DOTS
-    on_front = {r["arm"] for r in found["arms"] if r["on_front"]}
-    shown = [a for a in c.order if a in groups and (dots or len(groups) <= 400 or a in on_front or a in c.shown)]
-    for arm in shown:
-        x, y, style = groups[arm]["n_eff_frac"].to_list(), groups[arm]["bpb"].to_list(), c.styles.arms[arm]
-        if dots:
-            ax.plot(x, y, linestyle="none", markersize=4.5, alpha=0.8, **mark(style))
-        ax.plot(np.mean(x), np.mean(y), linestyle="none", markersize=9 if dots else 4, **mark(style))
-        ring = ellipse(x, y) if len(groups) <= 24 else None
-        if ring:
-            ax.plot(*ring, color=style.colour, linewidth=0.7, alpha=0.6, linestyle=DASHES[style.dash])
-        label = c.labels[arm]
-        traces.append(_dots(groups[arm], label, style, dots, len(shown) <= 24))
-    if len(groups):
-        values = finished["bpb"].to_numpy()
-        low, high = float(values.min()), float(values.max())
-        # One poor arm must not flatten the others: beyond four usual spreads it is named instead of drawn.
-        q1, q3 = np.quantile(values, [0.25, 0.75])
-        top = min(high, float(q3 + 4 * max(q3 - q1, 1e-3)))
-        controls = _controls(c)
-        top = max([top, *controls.values()]) if controls else top
-        pad = 0.06 * max(top - low, 1e-3)
-        bottom = min([low, *controls.values()]) if controls else low
-        ax.set_ylim(bottom - pad, top + pad)
-        for k, (name, value) in enumerate(controls.items()):
-            ax.axhline(value, color=INK, linewidth=1.1, linestyle=DASHES[1 + k % 3])
-            ax.annotate(
-                name, (0.005, value), xycoords=("axes fraction", "data"), fontsize=7.5, color=MUTED, va="bottom"
-            )
-            traces.append(
-                {
-                    "type": "scatter",
-                    "mode": "lines",
-                    "name": plain(name),
-                    "x": [0, 1],
-                    "y": [value, value],
-                    "line": {"color": INK, "width": 1.2, "dash": ["dash", "dot", "dashdot"][k % 3]},
-                    "hovertemplate": f"{plain(name)}: %{{y:.4f}}<extra></extra>",
-                }
-            )
-        off = int((values > top).sum())
+    if not finished.is_empty():
+        traces = _marks(c, ax, arms, finished, dots)
+        bottom, top = _range(c, finished["bpb"].to_numpy())
+        off = int((finished["bpb"] > top).sum())
         if off:
             view.reading.append(f"{off} finished run(s) lie above the drawn range; the table has them.")
-        front = sorted(
-            (r for r in found["arms"] if r["on_front"] and r["arm"] in groups), key=lambda r: r["n_eff_frac"]
-        )
-        ax.step(
-            [r["n_eff_frac"] for r in front],
-            [r["bpb"] for r in front],
-            where="pre",
-            color=MUTED,
-            linewidth=0.9,
-            zorder=1,
-        )
+        pad = 0.06 * max(top - float(finished["bpb"].to_numpy().min()), 1e-3)
+        ax.set_ylim(bottom - pad, top + pad)
+        traces += _lines(c, ax)
+        drawn = set(finished["arm"])
+        front = sorted((r for r in arms if r["on_front"] and r["arm"] in drawn), key=lambda r: r["n_eff_frac"])
+        x, y = [r["n_eff_frac"] for r in front], [r["bpb"] for r in front]
+        ax.step(x, y, where="pre", color=MUTED, linewidth=0.9, zorder=1)
         ax.axvline(0.8, color=MUTED, linewidth=0.8, linestyle=":")
         layout = {
             "xaxis": {"title": {"text": "effective leaves / L (right is better)"}, "range": [0, 1.02]},
@@ -102,51 +106,54 @@ def pareto(c: Context) -> View:
         else "marks are means over seeds"
     )
     view.figures.append(("pareto", f"Balance against quality: {what}; step line: arms no other beats on both", figure))
-    rows = sorted(
-        (
+
+
+def _range(c: Context, values: NDArray[np.float64]) -> tuple[float, float]:
+    """Lowest and highest bpb drawn: one poor arm must not flatten the others, so four usual spreads are the most."""
+    q1, q3 = np.quantile(values, [0.25, 0.75])
+    lines = _controls(c).values()
+    top = min(float(values.max()), float(q3 + 4 * max(q3 - q1, 1e-3)))
+    return min([float(values.min()), *lines]), max([top, *lines])
+
+
+def _marks(
+    c: Context, ax: Axes, arms: list[dict[str, Any]], finished: pl.DataFrame, dots: bool
+) -> list[dict[str, Any]]:
+    """Draw every arm's mean, its seeds where `dots`, and its ellipse; returns plotly's traces."""
+    groups = {k[0]: g for k, g in finished.partition_by("arm", as_dict=True, maintain_order=True).items()}
+    front = {r["arm"] for r in arms if r["on_front"]}
+    shown = [a for a in c.order if a in groups and (dots or len(groups) <= 400 or a in front or a in c.shown)]
+    traces = []
+    for arm in shown:
+        x, y, style = groups[arm]["n_eff_frac"].to_list(), groups[arm]["bpb"].to_list(), c.styles.arms[arm]
+        if dots:
+            ax.plot(x, y, linestyle="none", markersize=4.5, alpha=0.8, **mark(style))
+        ax.plot(np.mean(x), np.mean(y), linestyle="none", markersize=9 if dots else 4, **mark(style))
+        ring = ellipse(x, y) if len(groups) <= 24 else None
+        if ring:
+            ax.plot(*ring, color=style.colour, linewidth=0.7, alpha=0.6, linestyle=DASHES[style.dash])
+        traces.append(_dots(groups[arm], c.labels[arm], style, dots, len(shown) <= 24))
+    return traces
+
+
+def _lines(c: Context, ax: Axes) -> list[dict[str, Any]]:
+    """Draw a named line for each dense control; returns plotly's traces."""
+    traces = []
+    for k, (name, value) in enumerate(_controls(c).items()):
+        ax.axhline(value, color=INK, linewidth=1.1, linestyle=DASHES[1 + k % 3])
+        ax.annotate(name, (0.005, value), xycoords=("axes fraction", "data"), fontsize=7.5, color=MUTED, va="bottom")
+        traces.append(
             {
-                "arm": c.labels[r["arm"]],
-                **{k: r[k] for k in ("n_eff_frac", "bpb", "probability", "n")},
-                "front": "yes" if r["on_front"] else "no",
-                "runs": r["run_ids"],
+                "type": "scatter",
+                "mode": "lines",
+                "name": plain(name),
+                "x": [0, 1],
+                "y": [value, value],
+                "line": {"color": INK, "width": 1.2, "dash": PLOTLY_DASHES[1 + k % 3]},
+                "hovertemplate": f"{plain(name)}: %{{y:.4f}}<extra></extra>",
             }
-            for r in found["arms"]
-        ),
-        key=lambda r: (-r["probability"], r["bpb"]),
-    )
-    columns = [
-        Column("arm", "arm"),
-        Column("n_eff_frac", "n_eff_frac", ".3f"),
-        Column("bpb", "bpb", ".4f"),
-        Column("front", "on the front"),
-        Column(
-            "probability",
-            "P(not beaten)",
-            ".2f",
-            "share of 1,000 seed resamples in which no other arm beats it on both",
-        ),
-        Column("n", "n", "d"),
-        Column("runs", "runs", "runs"),
-    ]
-    view.tables.append(Table("pareto_front", "Who is beaten on both, and how sure that is", columns, rows))
-    sure = [r["arm"] for r in rows if r["probability"] >= 0.5]
-    low_v, high_v = found["interval"]
-    names = ", ".join(sure[:6]) + (" and others" if len(sure) > 6 else "")
-    if sure:
-        view.reading.insert(0, f"Not beaten on both axes in at least half of the seed resamples: {names}.")
-    else:
-        view.reading.insert(0, "No arm is on the front in half of the seed resamples.")
-    point = found["reference_point"]
-    view.reading.append(
-        f"Hypervolume over (n_eff_frac {point['n_eff_frac']:g}, bpb {point['bpb']:.3f}): {found['hypervolume']:.4f} "
-        f"({low_v:.4f} to {high_v:.4f} over seed resamples)."
-    )
-    lost = [e for e in c.findings["exclusions"] if e["kept"]]
-    if lost:
-        view.reading.append(
-            f"{len(lost)} diverged run(s) count in the table with the untrained model's bpb and are not drawn."
         )
-    return view
+    return traces
 
 
 def _dots(group: pl.DataFrame, label: str, style: ArmStyle, dots: bool, named: bool) -> dict[str, Any]:

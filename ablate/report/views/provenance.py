@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import polars as pl
 
@@ -12,11 +13,31 @@ from ablate.report.context import Context
 from ablate.report.explorer import explorer
 from ablate.report.parallel import parallel
 from ablate.report.parts import Column, Table, View
+from ablate.report.tables import RUNS, cells, columns
+from ablate.report.wording import short
 
 
 def provenance(c: Context) -> View:
-    """Commits, hashes, machines, plan, deviations, exclusions, and every run with the command that repeats it."""
-    view = View("runs", "Provenance and runs", "Where does every number come from, and how is it made again?")
+    """Show commits, hashes, machines, plan, deviations, exclusions, and every run with the command that repeats it."""
+    view = View("runs", "Provenance and runs", "Where does every number come from, and which command makes it again?")
+    findings, factors = c.findings, c.tables.factors
+    view.tables.append(_shared(c))
+    view.reading = [f"Plan: {n}" for n in findings["plan_notes"]]
+    view.reading += [f"Deviation: {d}" for d in findings["deviations"]] or ["No deviation from the plan."]
+    if findings["exclusions"]:
+        view.tables.append(_exclusions(c))
+    else:
+        view.reading.append("Every run finished; none is excluded.")
+    rows = [_run(c, r, factors) for r in c.tables.trials.iter_rows(named=True)]
+    view.tables.append(Table("runs", "Every run", _run_columns(factors), rows, limit=100))
+    parallel(c, view, rows, factors)
+    view.widgets.append(("runs", explorer(c, rows, factors)))
+    view.reading += limitations(c)
+    return view
+
+
+def _shared(c: Context) -> Table:
+    """What the runs share: code, data, machine, versions, plan, hashes of the tables."""
     trials, findings = c.tables.trials, c.findings
     facts = [
         ("commit", _distinct(trials["git_commit"])),
@@ -31,68 +52,35 @@ def provenance(c: Context) -> View:
         ("plan", findings["plan_hash"] or "–"),
         *((f"table {k}", v) for k, v in findings["inputs"].items()),
     ]
-    view.tables.append(
-        Table(
-            "provenance",
-            "What the runs share",
-            [Column("what", "what"), Column("value", "value")],
-            [{"what": k, "value": v} for k, v in facts],
-        )
-    )
-    view.reading = [f"Plan: {n}" for n in findings["plan_notes"]]
-    view.reading += [f"Deviation: {d}" for d in findings["deviations"]] or ["No deviation from the plan."]
-    if findings["exclusions"]:
-        columns = [
-            Column("arm", "arm"),
-            Column("seed", "seed", "d"),
-            Column("status", "status"),
-            Column("reason", "what became of it"),
-            Column("message", "message"),
-            Column("runs", "runs", "runs"),
-        ]
-        rows = [{**e, "arm": c.labels.get(e["arm"], e["arm"]), "runs": [e["run_id"]]} for e in findings["exclusions"]]
-        view.tables.append(Table("exclusions", "Runs that did not finish", columns, rows))
-    else:
-        view.reading.append("Every run finished; none is excluded.")
-    factors = c.tables.factors
-    rows = [
-        {
-            "trial": r["trial"],
-            "arm": c.labels.get(r["arm"], r["arm"]),
-            "kind": r["kind"],
-            "seed": r["seed"],
-            "status": r["status"],
-            **{f: level_text(r[FACTOR + f]) for f in factors},
-            "lr": r["lr"],
-            "bpb": r["bpb"],
-            "n_eff_frac": r["n_eff_frac"],
-            "dead_frac": r["dead_frac"],
-            "seconds": r["seconds"],
-            "again": f"ablate reproduce {r['trial']}",
-            "runs": [r["run_id"]],
-        }
-        for r in trials.iter_rows(named=True)
+    rows = [{"what": k, "value": v} for k, v in facts]
+    return Table("provenance", "What the runs share", cells(what="what", value="value"), rows)
+
+
+def _exclusions(c: Context) -> Table:
+    head = columns(seed=("seed", "d"), status="status", reason="what became of it", message="message", n=None)
+    rows = [{**e, "arm": c.labels.get(e["arm"], e["arm"]), "runs": [e["run_id"]]} for e in c.findings["exclusions"]]
+    return Table("exclusions", "Runs that did not finish", head, rows)
+
+
+def _run(c: Context, r: dict[str, Any], factors: list[str]) -> dict[str, Any]:
+    measured = ("lr", "bpb", "n_eff_frac", "dead_frac", "seconds")
+    return {
+        **{key: r[key] for key in ("trial", "kind", "seed", "status", *measured)},
+        **{f: level_text(r[FACTOR + f]) for f in factors},
+        "arm": c.labels.get(r["arm"], r["arm"]),
+        "again": f"ablate reproduce {r['trial']}",
+        "runs": [r["run_id"]],
+    }
+
+
+def _run_columns(factors: list[str]) -> list[Column]:
+    return [
+        *cells(trial="trial", arm="arm", kind="kind", seed=("seed", "d"), status="status"),
+        *(Column(f, short(f)) for f in factors),
+        *cells(lr=("lr", ".3g"), bpb=("bpb", ".4f"), n_eff_frac=("n_eff_frac", ".3f")),
+        *cells(dead_frac=("dead_frac", ".3f"), seconds=("seconds", ",.0f"), again="makes it again"),
+        RUNS,
     ]
-    columns = [
-        Column("trial", "trial"),
-        Column("arm", "arm"),
-        Column("kind", "kind"),
-        Column("seed", "seed", "d"),
-        Column("status", "status"),
-        *(Column(f, f.partition(".")[2].replace("_", " ")) for f in factors),
-        Column("lr", "lr", ".3g"),
-        Column("bpb", "bpb", ".4f"),
-        Column("n_eff_frac", "n_eff_frac", ".3f"),
-        Column("dead_frac", "dead_frac", ".3f"),
-        Column("seconds", "seconds", ",.0f"),
-        Column("again", "makes it again"),
-        Column("runs", "runs", "runs"),
-    ]
-    view.tables.append(Table("runs", "Every run", columns, rows, limit=100))
-    parallel(c, view, rows, factors)
-    view.widgets.append(("runs", explorer(c, rows, factors)))
-    view.reading += limitations(c)
-    return view
 
 
 def _distinct(values: pl.Series) -> str:

@@ -9,8 +9,9 @@ import polars as pl
 
 from ablate.report.context import Context
 from ablate.report.draw import few_ticks, legend, mark, wrap
-from ablate.report.parts import Column, Table, View
+from ablate.report.parts import Table, View
 from ablate.report.style import DASHES, MUTED, new
+from ablate.report.tables import cells, columns
 
 METHODS = {
     "dead": "subtrees that hardly any token takes",
@@ -63,18 +64,15 @@ def prune_test(c: Context) -> View:
     caption = "What removal costs; a mark is the mean of an arm's seeds at one threshold, a dot a seed"
     view.figures.append(("prune", caption, figure))
     rows = [{**r, "arm": c.labels.get(r["arm"], r["arm"])} for r in means.iter_rows(named=True)]
-    columns = [
-        Column("arm", "arm"),
-        Column("method", "method"),
-        Column("threshold", "threshold", ".3g", "share of a tree's tokens at or under which a subtree was removed"),
-        Column("removed_frac", "units removed", ".1%"),
-        Column("delta_bpb", "change in bpb", "+.4f"),
-        Column("low", "lowest", "+.4f"),
-        Column("high", "highest seed", "+.4f"),
-        Column("n", "n", "d"),
-        Column("runs", "runs", "runs"),
-    ]
-    view.tables.append(Table("prune_test", "Prune test, means over seeds", columns, rows))
+    head = columns(
+        method="method",
+        threshold=("threshold", ".3g", "share of a tree's tokens at or under which a subtree was removed"),
+        removed_frac=("units removed", ".1%"),
+        delta_bpb=("change in bpb", "+.4f"),
+        low=("lowest", "+.4f"),
+        high=("highest seed", "+.4f"),
+    )
+    view.tables.append(Table("prune_test", "Prune test, means over seeds", head, rows))
     view.tables.append(_prune_verdicts(c))
     dead = means.filter(pl.col("method") == "dead")
     free = int(np.sum(np.abs(dead["delta_bpb"].to_numpy()) < c.findings["margin"]))
@@ -100,17 +98,17 @@ def _prune_verdicts(c: Context) -> Table:
         }
         for f in c.findings["pruning"]
     ]
-    columns = [
-        Column("arm_label", "model"),
-        Column("removed_frac", "units removed", ".1%"),
-        Column("reference_label", "against"),
-        Column("claim", "claim in bpb"),
-        Column("verdict", "verdict"),
-        Column("effect", "difference in bpb", "+.6f", "paired over runs"),
-        Column("low", "95% from", "+.6f"),
-        Column("high", "to", "+.6f"),
-        Column("p_adjusted", "adjusted p", ".3g"),
-        Column("n", "n", "d"),
-        Column("runs", "runs", "runs"),
-    ]
-    return Table("prune_verdicts", "Does removal cost anything, and less than removing other units?", columns, rows)
+    head = cells(
+        arm_label="model",
+        removed_frac=("units removed", ".1%"),
+        reference_label="against",
+        claim="claim in bpb",
+        verdict="verdict",
+        effect=("difference in bpb", "+.6f", "paired over runs"),
+        low=("95% from", "+.6f"),
+        high=("to", "+.6f"),
+        p_adjusted=("adjusted p", ".3g"),
+        n=("n", "d"),
+        runs=("runs", "runs"),
+    )
+    return Table("prune_verdicts", "Does removal cost anything, and less than removing other units?", head, rows)

@@ -9,9 +9,9 @@ import polars as pl
 
 from ablate.report.context import Context
 from ablate.report.draw import few_ticks, legend, mark
-from ablate.report.parts import Column, Table, View
+from ablate.report.parts import Table, View
 from ablate.report.style import new
-from ablate.report.tables import RUN_STUDY
+from ablate.report.tables import absent, columns
 
 
 def skew(c: Context) -> View:
@@ -29,29 +29,24 @@ def skew(c: Context) -> View:
                 (arm, _asymmetry(c, arm), float(values.mean()), float(np.nanmean(np.abs(u.offset[-1]))), len(values))
             )
     if not points:
-        view.missing = (
-            f"No gradient skew in tables/{c.tables.name}/usage.parquet (nodes must contribute and see 30 tokens a side): "
-            f"{RUN_STUDY.format(name=c.tables.name)}."
-        )
+        view.missing = absent(c, "No gradient skew in the usage table (nodes must contribute and see 30 tokens a side)")
         return view
     rows = [
         {"arm": c.labels[a], "asymmetry": g, "skew": s, "offset": o, "nodes": n, "runs": [c.usage[a].run_id]}
         for a, g, s, o, n in points
     ]
-    columns = [
-        Column("arm", "arm"),
-        Column(
-            "asymmetry",
+    head = columns(
+        asymmetry=(
             "nominal asymmetry G",
             ".2f",
             "of the node activation: ReLU 1, GELU .69, SiLU .59, mirror ±1 and tanh 0",
         ),
-        Column("skew", "mean |skew|", ".3f"),
-        Column("offset", "router offset", ".3f"),
-        Column("nodes", "nodes", "d"),
-        Column("runs", "runs", "runs"),
-    ]
-    view.tables.append(Table("skew", "Nodes with known skew at the end of training, first seed", columns, rows))
+        skew=("mean |skew|", ".3f"),
+        offset=("router offset", ".3f"),
+        nodes=("nodes", "d"),
+        n=None,
+    )
+    view.tables.append(Table("skew", "Nodes with known skew at the end of training, first seed", head, rows))
     figure = new(7.2, 4.0)
     left, right = figure.subplots(1, 2, sharey=True)
     for a, g, s, o, _ in points:

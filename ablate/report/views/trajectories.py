@@ -10,7 +10,7 @@ from ablate.report.context import Context
 from ablate.report.draw import panels, wrap
 from ablate.report.parts import View
 from ablate.report.style import MUTED, RUNS_AS_LINES
-from ablate.report.tables import RUN_STUDY
+from ablate.report.tables import needs
 
 
 def trajectories(c: Context) -> View:
@@ -20,11 +20,10 @@ def trajectories(c: Context) -> View:
         "Dead leaves and effective leaves over training",
         "Do trees recover, or prune themselves for good?",
     )
-    history = c.tables.history.filter(pl.col("arm").is_in(c.shown) & (pl.col("kind") == "arm"))
-    history = history.filter(pl.col("n_eff_frac").is_not_null())
-    if history.is_empty():
-        view.missing = f"No balance in the history table: {RUN_STUDY.format(name=c.tables.name)}."
+    view.missing = needs(c, "history")
+    if view.missing:
         return view
+    history = c.history.filter(pl.col("arm").is_in(c.shown) & pl.col("n_eff_frac").is_not_null())
     view.data["trajectories"] = history.select("arm", "seed", "trial", "step", "n_eff_frac", "dead_frac", "bits_lost")
     view.reading = [c.choice] if c.choice else []
     figure, axes = panels(len(c.shown))

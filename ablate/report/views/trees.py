@@ -14,7 +14,7 @@ from ablate.report.context import Context, Usage
 from ablate.report.draw import panels, plain, strip, wrap
 from ablate.report.parts import View
 from ablate.report.style import MUTED, SIGNED
-from ablate.report.tables import RUN_STUDY
+from ablate.report.tables import needs
 
 DRAWN_LEVELS = 6  # of a tree; deeper levels are folded into their ancestors
 
@@ -26,8 +26,8 @@ def tree_drawing(c: Context) -> View:
         "Trees by traffic and gradient skew",
         "At which node does a tree go wrong, and does the gradient push it there?",
     )
-    if not c.usage:
-        view.missing = f"No usage table: {RUN_STUDY.format(name=c.tables.name)}."
+    view.missing = needs(c, "usage")
+    if view.missing:
         return view
     shown = [a for a in c.shown if a in c.usage]
     figure, axes = panels(len(shown), width=2.35, height=1.75, share=False)

@@ -12,7 +12,7 @@ from ablate.report.context import Context
 from ablate.report.draw import panels, strip, wrap
 from ablate.report.parts import View
 from ablate.report.style import DEAD, LOAD, MUTED
-from ablate.report.tables import RUN_STUDY
+from ablate.report.tables import needs
 
 FLOOR = -6.0  # log2 of load against an even load, as drawn
 
@@ -20,8 +20,8 @@ FLOOR = -6.0  # log2 of load against an even load, as drawn
 def usage_map(c: Context) -> View:
     """Load of every leaf against an even load, layer by leaf."""
     view = View("usage", "Where tokens go: layer by leaf", "Which leaves carry the load, in which layer?")
-    if not c.usage:
-        view.missing = f"No usage table: {RUN_STUDY.format(name=c.tables.name)}."
+    view.missing = needs(c, "usage")
+    if view.missing:
         return view
     shown = [a for a in c.shown if a in c.usage]
     figure, axes = panels(len(shown), width=2.35, height=1.65, share=False)

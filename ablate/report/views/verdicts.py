@@ -8,8 +8,9 @@ import numpy as np
 
 from ablate.report.context import Context
 from ablate.report.draw import versus, zero
-from ablate.report.parts import Column, Table, View
+from ablate.report.parts import Table, View
 from ablate.report.style import GRID, VERDICT_COLOUR, VERDICT_MARK, new
+from ablate.report.tables import cells
 from ablate.report.wording import ENDPOINT, cap
 
 FOREST = 14  # rows an endpoint has in the forest plot
@@ -28,26 +29,24 @@ def verdicts(c: Context) -> View:
     view.reading = _summary(c)
     main = [f for f in found if f["family"] != "dense"] or found
     rows = [_row(f) for f in sorted(found, key=_importance)]
-    columns = [
-        Column("choice", "choice"),
-        Column("against", "against"),
-        Column("endpoint", "endpoint"),
-        Column("verdict", "verdict"),
-        Column("effect", "effect", "+.4f", "mean difference; seeds are the unit"),
-        Column("low", "95% from", "+.4f"),
-        Column("high", "to", "+.4f"),
-        Column(
-            "p_adjusted", "adjusted p", ".3g", "adjusted over the family: Holm in confirm, Benjamini-Hochberg elsewhere"
-        ),
-        Column("p_sign_flip", "sign-flip p", ".3g", "exact, unadjusted"),
-        Column("detectable", "detectable", ".3g", "smallest effect this comparison finds with 80% power"),
-        Column("n", "n", "d"),
-        Column("claim", "claim"),
-        Column("remark", "remark"),
-        Column("family", "family"),
-        Column("runs", "runs", "runs"),
-    ]
-    view.tables.append(Table("verdicts", "All comparisons, supported first", columns, rows))
+    head = cells(
+        choice="choice",
+        against="against",
+        endpoint="endpoint",
+        verdict="verdict",
+        effect=("effect", "+.4f", "mean difference; seeds are the unit"),
+        low=("95% from", "+.4f"),
+        high=("to", "+.4f"),
+        p_adjusted=("adjusted p", ".3g", "adjusted over the family: Holm in confirm, Benjamini-Hochberg elsewhere"),
+        p_sign_flip=("sign-flip p", ".3g", "exact, unadjusted"),
+        detectable=("detectable", ".3g", "smallest effect this comparison finds with 80% power"),
+        n=("n", "d"),
+        claim="claim",
+        remark="remark",
+        family="family",
+        runs=("runs", "runs"),
+    )
+    view.tables.append(Table("verdicts", "All comparisons, supported first", head, rows))
     for endpoint in ("bpb", "n_eff_frac"):
         shown = sorted((f for f in main if f["endpoint"] == endpoint and f["effect"] is not None), key=_importance)
         if shown:

@@ -1,0 +1,51 @@
+"""The sections of a report: short functions, the columns of a table of arms, and marks for every kind of trial."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import get_args
+
+import polars as pl
+import pytest
+
+from ablate.analysis.frames import load
+from ablate.report import views
+from ablate.report.style import assign
+from ablate.report.tables import columns
+from ablate.study.designs import Kind
+from tests.report.synthetic import write_study
+
+LONGEST = 70
+"""Lines of a function in the report."""
+
+
+@pytest.mark.parametrize("path", sorted(Path(views.__file__).parents[1].rglob("*.py")), ids=lambda p: p.stem)
+def test_no_function_is_longer_than_a_screen(path: Path) -> None:
+    functions = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.FunctionDef)]
+    long = {n.name: n.end_lineno - n.lineno + 1 for n in functions if n.end_lineno}
+    assert {name: lines for name, lines in long.items() if lines > LONGEST} == {}
+
+
+def test_a_table_of_arms_has_the_arm_n_and_runs_by_itself() -> None:
+    head = columns(bpb=("bits per byte", ".4f", "lower is better"))
+    assert [(c.key, c.title, c.form) for c in head] == [
+        ("arm", "arm", "text"),
+        ("bpb", "bits per byte", ".4f"),
+        ("n", "n", "d"),
+        ("runs", "runs", "runs"),
+    ]
+    assert head[1].help == "lower is better"
+    assert [c.key for c in columns("model", n=("seeds", "d"), verdict="verdict")] == ["arm", "n", "verdict", "runs"]
+    assert [c.key for c in columns(n=None, runs=None)] == ["arm"]
+
+
+@pytest.mark.parametrize("kind", [k for k in get_args(Kind) if k != "tune"])
+def test_arms_of_every_kind_are_drawn(kind: str, tmp_path: Path) -> None:
+    write_study(tmp_path, arms={"frozen": {"tree.router": "frozen"}}, usage=0)
+    path = tmp_path / "tables/demo/trials.parquet"
+    trials = pl.read_parquet(path)
+    trials.with_columns(kind=pl.when(pl.col("kind") == "tune").then("kind").otherwise(pl.lit(kind))).write_parquet(path)
+    tables = load("demo", tmp_path)
+    arms = tables.trials["arm"].unique(maintain_order=True).to_list()
+    assert assign(tables, arms, {a: a for a in arms}).arms.keys() == set(arms)
