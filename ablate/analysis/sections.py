@@ -15,10 +15,9 @@ from ablate.analysis import contrasts, pareto, power
 from ablate.analysis.arms import DEAD_TARGET, level_text
 from ablate.analysis.frames import FACTOR, Tables
 from ablate.analysis.verdicts import Runs
+from ablate.kernels.spec import is_identity
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
-# GELU, SiLU and ReLU with mirror -1 are the identity, so their placements are one model: a free A/A test.
-ODD_IDENTITIES = {"gelu", "gelu_tanh", "silu", "relu"}
 
 
 def collapse(runs: Runs, order: list[str]) -> dict[str, Any]:
@@ -161,12 +160,11 @@ def twins(tables: Tables, frame: pl.DataFrame, runs: Runs) -> list[dict[str, Any
         frame.filter(pl.col("kind") == "arm").unique("arm", keep="first", maintain_order=True).iter_rows(named=True)
     ):
         tree = _config(row["config"]).get("tree") or {}
-        mirrors = {tree.get("mirror"), tree.get("mirror") if tree.get("node_mirror") is None else tree["node_mirror"]}
-        if (
-            mirrors <= {-1, -1.0}
-            and tree.get("activation", "gelu") in ODD_IDENTITIES
-            and tree.get("gain", "raw") == "raw"
-        ):
+        own = float(tree.get("mirror", 0.0))
+        mirrors = {own, own if tree.get("node_mirror") is None else float(tree["node_mirror"])}
+        # Where phi is the identity, all placements are one model: a free A/A test.
+        linear = all(is_identity(tree.get("activation", "gelu"), mirror) for mirror in mirrors)
+        if linear and tree.get("gain", "raw") == "raw":
             rest = {k: v for k, v in _config(row["config"]).items() if k not in {"init_seed", "data_seed"}}
             rest["tree"] = {k: v for k, v in tree.items() if k != "placement"}
             groups.setdefault(json.dumps(rest, sort_keys=True), []).append(row["arm"])

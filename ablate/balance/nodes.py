@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ablate.balance import metrics
 from ablate.kernels.activations import phi_slope
-from ablate.kernels.reference import NodeBackward, node_slope, path_nodes, path_rows
-from ablate.kernels.spec import TreeSpec
+from ablate.kernels.reference import node_slope, path_nodes, path_rows
+from ablate.kernels.spec import NodeBackward, TreeSpec
 
 GATHER_BUDGET = 1 << 23
 """Floats of gathered weight rows held at a time."""

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from ablate.config.section import Section, digest
+from ablate.kernels.spec import TRAITS, Activation, NodeBackward, Placement
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -68,25 +69,25 @@ class Tree(Section):
     node_output: bool = True
     """Whether nodes on the path contribute to the output (UltraFastBERT) or only route."""
     bias: bool = True
-    activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "silu", "tanh"] = "gelu"
+    activation: Activation = "gelu"
     mirror: Annotated[float, Field(ge=-1, le=1)] = 0.0
     """s in phi(z) = f(z) + s·f(-z): 0 the base, -1 odd (identity for GELU, ReLU, SiLU), +1 even."""
     node_mirror: Annotated[float, Field(ge=-1, le=1)] | None = None
     """s of node units apart from leaves; the mirror where not given."""
     gain: Literal["raw", "unit"] = "raw"
-    placement: Literal["unit", "tree", "sum"] = "unit"
+    placement: Placement = "unit"
     routing: Literal["sign", "centred"] = "sign"
     router_input: Literal["raw", "centred"] = "raw"
     router: Literal["tied", "frozen"] = "tied"
-    node_backward: Literal["own", "flat", "flip", "base"] = "own"
+    node_backward: NodeBackward = "own"
     """Slope in the gradients of node w_in and b only: phi'(z), its mean with phi'(-z), phi'(-z), or f'(z) whatever the mirror."""
     init: Literal["uniform", "zero_bias", "orthogonal", "median_split"] = "uniform"
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
         mirrors = {self.mirror, self.mirror if self.node_mirror is None else self.node_mirror}
-        if self.activation == "tanh" and mirrors != {0.0}:
-            raise ValueError(f"mirror is {self.mirror}: activation 'tanh' takes mirror 0 only")
+        if TRAITS[self.activation].odd and mirrors != {0.0}:
+            raise ValueError(f"mirror is {self.mirror}: activation {self.activation!r} takes mirror 0 only")
         if self.placement != "unit" and self.node_mirror not in (None, self.mirror):
             raise ValueError(f"node_mirror is {self.node_mirror}: apart from mirror it needs placement 'unit'")
         if self.node_backward != "own" and (self.placement != "unit" or not self.node_output):
@@ -117,14 +118,14 @@ class Dense(Section):
     width: Positive | None = None
     """Hidden units; 4 d_model where not given."""
     bias: bool = True
-    activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "silu", "tanh"] = "gelu"
+    activation: Activation = "gelu"
     mirror: Annotated[float, Field(ge=-1, le=1)] = 0.0
     gain: Literal["raw", "unit"] = "raw"
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        if self.activation == "tanh" and self.mirror != 0:
-            raise ValueError(f"mirror is {self.mirror}: activation 'tanh' takes mirror 0 only")
+        if TRAITS[self.activation].odd and self.mirror != 0:
+            raise ValueError(f"mirror is {self.mirror}: activation {self.activation!r} takes mirror 0 only")
         return self
 
 

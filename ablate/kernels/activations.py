@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ablate.kernels.spec import Activation
+from ablate.kernels.spec import ACTIVATIONS, Activation, is_identity
 
 
 def base(z: Tensor, activation: Activation) -> Tensor:
@@ -32,7 +32,7 @@ def base(z: Tensor, activation: Activation) -> Tensor:
             return F.silu(z)
         case "tanh":
             return torch.tanh(z)
-    raise ValueError(f"activation {activation!r} is not one of gelu, gelu_tanh, relu, relu2, silu, tanh")
+    raise ValueError(f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
 
 
 def base_slope(z: Tensor, activation: Activation) -> Tensor:
@@ -53,12 +53,7 @@ def base_slope(z: Tensor, activation: Activation) -> Tensor:
             return g * (1 + z * (1 - g))
         case "tanh":
             return 1 - torch.tanh(z).square()
-    raise ValueError(f"activation {activation!r} is not one of gelu, gelu_tanh, relu, relu2, silu, tanh")
-
-
-def is_identity(activation: Activation, mirror: float) -> bool:
-    """Whether f(z) + mirror·f(-z) is exactly z: mirror -1 of GELU (either form), ReLU and SiLU."""
-    return mirror == -1.0 and activation in {"gelu", "gelu_tanh", "relu", "silu"}
+    raise ValueError(f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
 
 
 def phi(z: Tensor, activation: Activation, mirror: float = 0.0, gain: float = 1.0) -> Tensor:

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from ablate.kernels import reference
-from ablate.kernels.reference import NodeBackward
-from ablate.kernels.spec import TreeSpec
+from ablate.kernels.spec import NodeBackward, TreeSpec
 
 Backend = Literal["auto", "reference", "cpu", "triton"]
 _MODULES = {"cpu": "ablate.kernels.cpu.backend", "triton": "ablate.kernels.triton.backend"}

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from ablate.kernels.activations import phi, phi_slope
-from ablate.kernels.spec import TreeSpec
-
-NodeBackward = Literal["own", "flat", "flip", "base"]
+from ablate.kernels.spec import NodeBackward, TreeSpec
 
 
 def node_slope(z: Tensor, spec: TreeSpec, node_backward: NodeBackward = "own") -> Tensor:

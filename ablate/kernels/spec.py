@@ -1,4 +1,4 @@
-"""What a tree feed-forward layer computes, as far as a kernel needs to know.
+"""What a tree feed-forward layer computes, as far as a kernel needs to know; without torch, so that settings import it.
 
 Shape alphabet (used in every docstring, test and plot of this project):
 N tokens (batch x time, flattened) · d model width · K trees · D depth · L = 2^D leaves per tree · W leaf width ·
@@ -9,10 +9,38 @@ A = K(D·node_output + W) units one token activates.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "relu2", "silu", "tanh"]
 Placement = Literal["unit", "tree", "sum"]
+NodeBackward = Literal["own", "flat", "flip", "base"]
+
+
+class Traits(NamedTuple):
+    """What is known of a base function f beside its values, which `activations` defines."""
+
+    asymmetry: float
+    """Nominal gradient asymmetry at mirror 0, to two decimals; `activations.asymmetry` computes it."""
+    odd_identity: bool = False
+    """Whether f(z) - f(-z) = z, so that mirror -1 is the identity."""
+    odd: bool = False
+    """Whether f(-z) = -f(z), so that a mirror would only change the gain: mirror 0 is the one allowed."""
+
+
+TRAITS: dict[Activation, Traits] = {
+    "gelu": Traits(0.69, odd_identity=True),
+    "gelu_tanh": Traits(0.69, odd_identity=True),
+    "relu": Traits(1.0, odd_identity=True),
+    "relu2": Traits(1.0),
+    "silu": Traits(0.59, odd_identity=True),
+    "tanh": Traits(0.0, odd=True),
+}
+ACTIVATIONS = tuple(TRAITS)
+
+
+def is_identity(activation: Activation, mirror: float) -> bool:
+    """Return whether f(z) + mirror·f(-z) is exactly z: mirror -1 of GELU (either form), ReLU and SiLU."""
+    return mirror == -1.0 and TRAITS[activation].odd_identity
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,11 +18,10 @@ from torch import Tensor, nn
 
 from ablate.config import ConfigError
 from ablate.kernels.activations import base
-from ablate.kernels.spec import Activation
+from ablate.kernels.spec import ACTIVATIONS, Activation
 from ablate.model.dense import DenseFeedForward
 from ablate.model.tree import TreeFeedForward
 
-ACTIVATIONS: tuple[Activation, ...] = ("gelu", "gelu_tanh", "relu", "relu2", "silu", "tanh")
 TOLERANCE = 1e-4
 """Relative difference up to which a block's own output and the formula read out of it are held to be the same."""
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ablate.config import Tree, parse
-from ablate.kernels.activations import is_identity, unit_gain
+from ablate.kernels.activations import unit_gain
 from ablate.kernels.op import Backend, route, tree_feedforward
 from ablate.kernels.reference import path_nodes
-from ablate.kernels.spec import TreeSpec
+from ablate.kernels.spec import TreeSpec, is_identity
 from ablate.model import auxiliary_losses, init
 
 CENTRING_RATE = 0.2

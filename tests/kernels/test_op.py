@@ -12,8 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ablate.kernels import op
 from ablate.kernels.op import choose_backend, tree_feedforward
-from ablate.kernels.reference import NodeBackward
-from ablate.kernels.spec import TreeSpec
+from ablate.kernels.spec import NodeBackward, TreeSpec
 from tests.kernels.contract import CASES, Case, Layer, assert_close, tree
 
 CASE = CASES[0]

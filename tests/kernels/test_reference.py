@@ -13,13 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ablate.kernels import reference
-from ablate.kernels.activations import asymmetry, base, is_identity, phi, phi_slope, unit_gain
+from ablate.kernels.activations import asymmetry, base, phi, phi_slope, unit_gain
 from ablate.kernels.op import tree_feedforward
-from ablate.kernels.spec import Activation, Placement, TreeSpec
+from ablate.kernels.spec import ACTIVATIONS, TRAITS, Activation, NodeBackward, Placement, TreeSpec, is_identity
 from tests.kernels.contract import CASES, Layer, tree
 
-ACTIVATIONS = get_args(Activation)
-MIRRORED = [(a, s) for a in ACTIVATIONS for s in ((0.0,) if a == "tanh" else (0.0, -1.0, 1.0, 0.5, -0.2))]
+MIRRORED = [(a, s) for a in ACTIVATIONS for s in ((0.0,) if TRAITS[a].odd else (0.0, -1.0, 1.0, 0.5, -0.2))]
 
 
 # -- the layer, one token and one unit at a time, in Python floats ------------------------------------------------------
@@ -168,9 +167,7 @@ def test_the_three_placements_are_one_model_where_phi_is_the_identity() -> None:
 
 
 @pytest.mark.parametrize(("node_backward", "mirror"), [("flat", 0.0), ("flip", 0.0), ("base", -1.0), ("base", 0.5)])
-def test_node_backward_changes_the_gradients_of_node_weights_alone(
-    node_backward: reference.NodeBackward, mirror: float
-) -> None:
+def test_node_backward_changes_the_gradients_of_node_weights_alone(node_backward: NodeBackward, mirror: float) -> None:
     """Against the rule applied by hand: phi'(z) replaced for node rows of w_in and b; values and all else as before."""
     case = replace(CASES[0], spec=replace(CASES[0].spec, mirror=mirror, node_mirror=mirror))
     layer = Layer.of(case, torch.float64, "cpu")
@@ -220,14 +217,27 @@ def test_phi_slope_is_its_derivative(activation: Activation, mirror: float) -> N
     torch.testing.assert_close(phi_slope(z.detach(), activation, mirror, 1.7), want, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_traits_of_an_activation_are_those_of_its_values(activation: Activation) -> None:
+    traits = TRAITS[activation]
+    z, odd_part = Z, base(Z, activation) - base(-Z, activation)
+    assert traits.asymmetry == pytest.approx(asymmetry(activation, 0.0), abs=0.005)
+    assert traits.odd == torch.allclose(base(-z, activation), -base(z, activation))
+    assert traits.odd_identity == torch.allclose(odd_part, z)
+
+
+def test_every_activation_has_traits() -> None:
+    assert get_args(Activation) == ACTIVATIONS
+
+
+@pytest.mark.parametrize("activation", [a for a in ACTIVATIONS if TRAITS[a].odd_identity])
 def test_mirror_minus_one_is_the_identity_bit_for_bit(activation: Activation) -> None:
     assert is_identity(activation, -1.0)
     assert torch.equal(phi(Z.float(), activation, -1.0), Z.float())
     assert torch.equal(phi_slope(Z.float(), activation, -1.0), torch.ones_like(Z.float()))
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "relu2", "silu"])
+@pytest.mark.parametrize("activation", [a for a in ACTIVATIONS if not TRAITS[a].odd])
 def test_mirror_one_is_even_and_minus_one_is_odd(activation: Activation) -> None:
     assert torch.equal(phi(Z, activation, 1.0), phi(-Z, activation, 1.0))
     assert torch.equal(phi(Z, activation, -1.0), -phi(-Z, activation, -1.0))

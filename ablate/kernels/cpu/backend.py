@@ -19,7 +19,7 @@ from torch import Tensor
 from ablate.kernels.activations import phi, phi_slope
 from ablate.kernels.cpu import dense as cpu_dense
 from ablate.kernels.cpu import passes as kernels
-from ablate.kernels.cpu.pointwise import CODES, code
+from ablate.kernels.cpu.pointwise import LINEAR, code
 from ablate.kernels.cpu.tasks import Plan, plan
 from ablate.kernels.cpu.threads import advise_huge_pages, run_on_threads
 from ablate.kernels.spec import TreeSpec
@@ -187,7 +187,7 @@ def _up(
 def _activations(spec: TreeSpec) -> NDArray[np.float64]:
     """The kernels' table [2, 3] of what units do: nodes, then leaf units; linear where phi comes after the sum."""
     if spec.placement != "unit":
-        return np.array([[CODES["linear"], 0.0, 1.0]] * 2)
+        return np.array([[LINEAR, 0.0, 1.0]] * 2)
     node = code(spec.activation, spec.node_mirror, spec.node_gain)
     return np.array([node, code(spec.activation, spec.mirror, spec.leaf_gain)])
 

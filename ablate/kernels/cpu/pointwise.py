@@ -17,12 +17,14 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
-from ablate.kernels.activations import is_identity
 from ablate.kernels.cpu.jit import jit
-from ablate.kernels.spec import Activation
+from ablate.kernels.spec import Activation, is_identity
 
-CODES = {"linear": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4, "silu": 5, "tanh": 6}
-"""What the kernels call an activation by; `linear` is phi(z) = gain · z."""
+LINEAR, GELU, GELU_TANH, RELU, RELU2, SILU, TANH = range(7)
+CODES: dict[Activation, int] = {
+    "gelu": GELU, "gelu_tanh": GELU_TANH, "relu": RELU, "relu2": RELU2, "silu": SILU, "tanh": TANH,
+}  # fmt: skip
+"""What the kernels call an activation by; LINEAR is phi(z) = gain · z."""
 
 _jit = jit(fastmath={"contract"})
 _f = np.float32
@@ -31,9 +33,11 @@ _TANH_C, _TANH_A = math.sqrt(2 / math.pi), 0.044715
 
 
 def code(activation: Activation, mirror: float, gain: float) -> tuple[float, float, float]:
-    """One row of the kernels' table of activations: code, mirror, gain."""
+    """Return one row of the kernels' table of activations: code, mirror, gain. Raise ValueError for an unknown one."""
+    if activation not in CODES:
+        raise ValueError(f"activation {activation!r} is not one of {', '.join(CODES)}")
     if is_identity(activation, mirror):
-        return float(CODES["linear"]), 0.0, gain
+        return float(LINEAR), 0.0, gain
     return float(CODES[activation]), mirror, gain
 
 
@@ -113,49 +117,51 @@ def _logistic(x, one):
 
 @_jit
 def phi(z, n, act, out):
-    """out[:n] = gain · (f(z) + mirror · f(-z)) with act = (code, mirror, gain)."""
+    """out[:n] = gain · (f(z) + mirror · f(-z)) with act = (code, mirror, gain); NaN for an unknown code."""
     t = out.dtype.type
     kind, s, gain = int(act[0]), t(act[1]), t(act[2])
     keep, drop = gain * (t(1) + s), gain * s
-    if kind == 0:
+    if kind == LINEAR:
         for i in range(n):
             out[i] = gain * z[i]
-    elif kind == 1:
+    elif kind == GELU:
         for i in range(n):
             out[i] = keep * z[i] * (t(0.5) + t(0.5) * _erf(t(_SQRT_HALF) * z[i])) - drop * z[i]
-    elif kind == 2:
+    elif kind == GELU_TANH:
         for i in range(n):
             v = z[i]
             out[i] = keep * v * _logistic(t(2 * _TANH_C) * (v + t(_TANH_A) * v * v * v), t(1)) - drop * v
-    elif kind == 3:
+    elif kind == RELU:
         for i in range(n):
             out[i] = keep * max(z[i], t(0)) - drop * z[i]
-    elif kind == 4:
+    elif kind == RELU2:
         for i in range(n):
             out[i] = z[i] * z[i] * (gain if z[i] > 0 else drop)
-    elif kind == 5:
+    elif kind == SILU:
         for i in range(n):
             out[i] = keep * z[i] * _logistic(z[i], t(1)) - drop * z[i]
-    else:
+    elif kind == TANH:
         for i in range(n):
             out[i] = gain * (t(2) * _logistic(t(2) * z[i], t(1)) - t(1))
+    else:
+        out[:n] = t(np.nan)
 
 
 @_jit
 def slope(z, n, act, out):
-    """out[:n] = d phi / dz with act = (code, mirror, gain); at ReLU's kink f' is 0, as in PyTorch."""
+    """out[:n] = d phi / dz with act = (code, mirror, gain); at ReLU's kink f' is 0, as in PyTorch; NaN for an unknown code."""
     t = out.dtype.type
     kind, s, gain = int(act[0]), t(act[1]), t(act[2])
     keep, drop = gain * (t(1) + s), gain * s
-    if kind == 0:
+    if kind == LINEAR:
         for i in range(n):
             out[i] = gain
-    elif kind == 1:
+    elif kind == GELU:
         for i in range(n):
             v = z[i]
             below = t(0.5) + t(0.5) * _erf(t(_SQRT_HALF) * v)
             out[i] = keep * (below + v * t(_DENSITY) * _exp(t(-0.5) * v * v)) - drop
-    elif kind == 2:
+    elif kind == GELU_TANH:
         for i in range(n):
             v = z[i]
             u = t(2 * _TANH_C) * (v + t(_TANH_A) * v * v * v)
@@ -163,19 +169,21 @@ def slope(z, n, act, out):
             g, rest = _logistic(u, t(1)), _logistic(-u, t(1))
             inner = t(2 * _TANH_C) * (t(1) + t(3 * _TANH_A) * v * v)
             out[i] = keep * (g + v * g * rest * inner) - drop
-    elif kind == 3:
+    elif kind == RELU:
         for i in range(n):
             # f'(z) - s·f'(-z), both 0 at the kink: not f'(z) - s·(1 - f'(z)) there.
             out[i] = gain if z[i] > 0 else (-drop if z[i] < 0 else t(0))
-    elif kind == 4:
+    elif kind == RELU2:
         for i in range(n):
             out[i] = t(2) * z[i] * (gain if z[i] > 0 else drop)
-    elif kind == 5:
+    elif kind == SILU:
         for i in range(n):
             v = z[i]
             g = _logistic(v, t(1))
             out[i] = keep * g * (t(1) + v * (t(1) - g)) - drop
-    else:
+    elif kind == TANH:
         for i in range(n):
             g = _logistic(t(2) * z[i], t(1))
             out[i] = gain * t(4) * g * (t(1) - g)
+    else:
+        out[:n] = t(np.nan)

@@ -16,8 +16,7 @@ import torch
 import triton  # type: ignore[import-untyped]
 from torch import Tensor
 
-from ablate.kernels.activations import is_identity
-from ablate.kernels.spec import TreeSpec
+from ablate.kernels.spec import TreeSpec, is_identity
 from ablate.kernels.triton import gather, path_sum, pointwise, tiles, weight_grad
 from ablate.kernels.triton.orders import Order, segments, sort_tokens, splits
 from ablate.kernels.triton.tiling import Config, DType, Piece, Plan, grad_pieces

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import polars as pl
 
+from ablate.kernels.spec import TRAITS
 from ablate.report.context import Context
 from ablate.report.draw import few_ticks, legend, mark
 from ablate.report.parts import Table, View
@@ -69,9 +70,6 @@ def skew(c: Context) -> View:
     return view
 
 
-ASYMMETRY = {"relu": 1.0, "gelu": 0.69, "gelu_tanh": 0.69, "silu": 0.59, "relu2": 1.0, "tanh": 0.0}
-
-
 def _asymmetry(c: Context, arm: str) -> float | None:
     """Nominal G of an arm's nodes where it is tabulated (mirror 0, or an odd or even curve); None in between."""
     config = next(iter(c.tables.trials.filter(pl.col("arm") == arm)["config"].drop_nulls()), None)
@@ -79,4 +77,4 @@ def _asymmetry(c: Context, arm: str) -> float | None:
     s = tree.get("mirror", 0.0) if tree.get("node_mirror") is None else tree["node_mirror"]
     if s in (1, -1):
         return 0.0
-    return ASYMMETRY.get(tree.get("activation", "gelu")) if s == 0 else None
+    return TRAITS[tree.get("activation", "gelu")].asymmetry if s == 0 else None
