@@ -7,10 +7,10 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS = true
 export MLFLOW_DISABLE_TELEMETRY = true
 
-.PHONY: repro figures test lint soak brief lock clean help
+.PHONY: repro figures test lint soak brief docs docs-settings lock clean help
 
 help: ## Print this list.
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "ablate needs Python 3.11 or newer"'
@@ -45,6 +45,12 @@ soak: $(VENV)/.installed-dev ## Long proofs (up to an hour).
 
 brief: $(VENV)/.installed-dev ## A cut of the long proofs, some minutes long.
 	ABLATE_KILLS=$${ABLATE_KILLS:-6} $(BIN)/python -m pytest -m soak_short -n 2 --dist load
+
+docs: docs-settings ## Build the documentation into build/docs, without a network; a warning is an error.
+	$(BIN)/python -m sphinx -q -W -d build/docs-trees docs build/docs
+
+docs-settings: $(VENV)/.installed-dev ## Write the tables of settings in docs/studies.md from the code.
+	$(BIN)/python -m tools.settings_page
 
 lock: ## Write constraints.txt anew from the newest allowed versions.
 	rm -rf $(VENV).lock && $(PYTHON) -m venv $(VENV).lock
