@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from ablate.model.convert import from_pretrained as from_pretrained
     from ablate.model.tree import TreeFeedForward as TreeFeedForward
 
-__all__ = ["Tree", "TreeFeedForward", "convert", "from_pretrained"]
 __version__ = "0.1.0"
 
 _HOME = {
@@ -20,6 +19,7 @@ _HOME = {
     "convert": "ablate.model.convert",
     "from_pretrained": "ablate.model.convert",
 }
+__all__ = tuple(_HOME)
 
 
 def __getattr__(name: str) -> Any:
@@ -27,3 +27,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module 'ablate' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

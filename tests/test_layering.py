@@ -16,7 +16,8 @@ import ablate
 PACKAGE = Path(ablate.__file__).parent
 # `kernels.spec` is on the ground floor: settings, tables and reports name activations, and it needs no torch.
 ORDER = [
-    "kernels.spec", "config", "data", "kernels", "model", "balance", "evaluation", "training", "study", "tracking", "analysis", "report",
+    "files", "distributed", "kernels.spec",
+    "config", "data", "kernels", "model", "balance", "evaluation", "training", "study", "tracking", "analysis", "report",
     "bench", "cli",
 ]  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -16,6 +15,7 @@ from ablate.analysis.mechanism import mechanism
 from ablate.analysis.pruning import pruning
 from ablate.analysis.verdicts import Comparison, Runs, findings, sentence
 from ablate.config import digest
+from ablate.files import write_text
 
 SCHEMA = "ablate.findings/1"
 ENDPOINTS = ["bpb", "n_eff_frac"]
@@ -28,17 +28,8 @@ def analyse(name: str, root: Path) -> Path:
     """
     data = compute(load(name, root))
     folder = root / "reports" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    write(folder / "metrics.json", canonical(data["summary"]))
-    return write(folder / "findings.json", canonical(data))
-
-
-def write(path: Path, text: str) -> Path:
-    """Replace a text file in one step, so that a reader never sees half of it."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-    return path
+    write_text(folder / "metrics.json", canonical(data["summary"]))
+    return write_text(folder / "findings.json", canonical(data))
 
 
 def generator(name: str) -> np.random.Generator:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ablate.balance import metrics
+from ablate.distributed import sum_over_ranks
 from ablate.kernels.activations import phi_slope
 from ablate.kernels.reference import node_slope, path_nodes, path_rows
 from ablate.kernels.spec import NodeBackward, TreeSpec
@@ -123,8 +124,8 @@ class NodeSums:
 
     def all_reduce(self) -> None:
         """Sum over the ranks of a distributed run."""
-        torch.distributed.all_reduce(self.sums)
-        torch.distributed.all_reduce(self.slopes)
+        sum_over_ranks(self.sums)
+        sum_over_ranks(self.slopes)
 
     def _numpy(self) -> NDArray[np.float64]:
         return self.sums.cpu().numpy().reshape(6, self.spec.trees, self.spec.nodes)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ablate.balance import metrics
 from ablate.balance.nodes import NodeSums, row_norms
 from ablate.balance.usage import rows, tree_rows
+from ablate.distributed import rank, sum_over_ranks, world_size
 from ablate.model.transformer import evaluating
 from ablate.model.tree import TreeFeedForward
 
@@ -57,8 +58,7 @@ class UsageCounter:
     def total(self) -> Tensor:
         """The counts so far, summed over ranks, on the CPU."""
         total = self._counts.clone()
-        if _ranks() > 1:
-            torch.distributed.all_reduce(total)
+        sum_over_ranks(total)
         return total.cpu().view(self._shape)
 
     def take(self) -> NDArray[np.int64]:
@@ -69,8 +69,7 @@ class UsageCounter:
 
     def put(self, total: Tensor) -> None:
         """Go on from counts [layers, K, L] of an interrupted run, which one rank takes over for all."""
-        first = _ranks() == 1 or torch.distributed.get_rank() == 0
-        self._counts.copy_(total.view_as(self._counts)) if first else self._counts.zero_()
+        self._counts.copy_(total.view_as(self._counts)) if rank() == 0 else self._counts.zero_()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +194,7 @@ class Probe:
 
     def _wanted(self) -> int:
         """Probe tokens of this rank."""
-        return -(-max(MIN_PROBE, 128 * self._trees[0].spec.leaves) // _ranks())
+        return -(-max(MIN_PROBE, 128 * self._trees[0].spec.leaves) // world_size())
 
     def _measure(self) -> ProbeResult:
         assert self._model is not None
@@ -215,9 +214,8 @@ class Probe:
                     leaves[layer].append(seen.leaves.to("cpu", torch.int16))
                     if ceilings:
                         inputs[layer].append(seen.x.cpu())
-        if _ranks() > 1:
-            for s in sums:
-                s.all_reduce()
+        for s in sums:
+            s.all_reduce()
         unknown = np.full(spec.trees, np.nan)
         kept = zip(inputs, self._trees, strict=True)
         return ProbeResult(
@@ -351,8 +349,3 @@ def _last_leaves(tree: TreeFeedForward) -> Tensor:
     if tree.last_leaves is None:
         raise RuntimeError("a tree layer was not run before its leaves were counted")
     return tree.last_leaves
-
-
-def _ranks() -> int:
-    on = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if on else 1

@@ -11,6 +11,7 @@ import polars as pl
 from numpy.typing import ArrayLike, NDArray
 
 from ablate.balance.metrics import depth_of, node_counts, saturation
+from ablate.files import replacing
 
 Window = Literal["held_out", "train"]
 
@@ -138,7 +139,6 @@ class UsageParts:
         motion: pl.DataFrame | None = None,
     ) -> None:
         """Keep one evaluation: rows of the tables and the probe tokens' leaves [layers, K, P]."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         parts: dict[str, Callable[[Any], object]] = {
             "usage.parquet": usage.write_parquet,
             "trees.parquet": trees.write_parquet,
@@ -147,10 +147,8 @@ class UsageParts:
         if motion is not None:
             parts["motion.parquet"] = motion.write_parquet
         for kind, save in parts.items():
-            partial = self.folder / f".{step:08d}.{kind}.partial"
-            with partial.open("wb") as file:
+            with replacing(self._part(step, kind)) as partial, partial.open("wb") as file:
                 save(file)
-            partial.replace(self._part(step, kind))
 
     def usage(self, steps: Sequence[int]) -> pl.DataFrame:
         """The usage table of these evaluations; empty where a model has no trees."""

@@ -88,14 +88,6 @@ def with_progress(work: Callable[[Callable[[str, int, int | None], None]], R], *
         return work(report)
 
 
-def write(path: Path, text: str) -> None:
-    """Write a file in one step, its folder included."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
 def number(text: str) -> int:
     """A number of shots as typed."""
     if not text.isdecimal():

@@ -23,9 +23,9 @@ from ablate.cli.common import (
     number,
     show,
     table_of,
-    write,
 )
 from ablate.config import ConfigError, load_study
+from ablate.files import write_text
 
 
 @app.command()
@@ -117,7 +117,7 @@ def inspect(
     table = find_usage(run, ROOT)
     frame, title = pl.read_parquet(table), f"{table.parent.name} {table.name.partition('.')[0]}"
     if html is not None:
-        write(html, inspection.page(frame, title))
+        write_text(html, inspection.page(frame, title))
         print(html)
     else:
         show(inspection.terminal(frame, step=step, tree=tree, levels=levels))

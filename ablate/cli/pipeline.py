@@ -25,9 +25,9 @@ from ablate.cli.common import (
     study_app,
     table_of,
     with_progress,
-    write,
 )
 from ablate.config import ConfigError, load_study
+from ablate.files import write_text
 
 
 @app.command()
@@ -47,7 +47,7 @@ def prepare(
     )
     described = tokens.describe(prepared)
     if card is not None:
-        write(card, json.dumps(described, indent=1, sort_keys=True) + "\n")
+        write_text(card, json.dumps(described, indent=1, sort_keys=True) + "\n")
     if as_json:
         print(json.dumps(described))
     else:

@@ -27,6 +27,7 @@ from ablate.data.codec import Codec, content_hash
 from ablate.data.module import TokenData
 from ablate.data.tokens import Prepared, split_of
 from ablate.data.windows import Batch
+from ablate.distributed import gather
 
 ENCODED_AT_ONCE = 64
 """Documents tokenized in one call."""
@@ -255,7 +256,7 @@ class StreamData(TokenData):
         """Positions of all ranks, as text, so that checkpoints load with weights_only."""
         trainer = self.trainer
         step = self.start_step if trainer is None else trainer.global_step * trainer.accumulate_grad_batches
-        return {"positions": json.dumps(_gather(self.position(step).model_dump(mode="json")))}
+        return {"positions": json.dumps(gather(self.position(step).model_dump(mode="json")))}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a saved state."""
@@ -293,12 +294,3 @@ class _StreamBatches(IterableDataset[Batch]):
                 taken.append(torch.from_numpy(window))
             data.note(step + 1, position)
             yield {"tokens": torch.stack(taken)}
-
-
-def _gather(mine: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every rank's value, on every rank."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [mine]
-    everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, mine)
-    return everyone

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ablate.distributed import sum_over_ranks
 from ablate.model.transformer import evaluating
 
 
@@ -45,8 +46,7 @@ def bits_per_byte(
             sums[1] += token_bytes[targets].sum()
             if watch is not None:
                 watch(tokens[:, :-1])
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(sums)
+    sum_over_ranks(sums)
     nats, count = sums.tolist()
     if count == 0:
         raise ValueError("the held-out slice holds no byte of text")

@@ -32,6 +32,7 @@ from ablate.data.windows import evaluation_batches
 from ablate.evaluation import qa, tasks
 from ablate.evaluation.likelihood import Scorer
 from ablate.evaluation.scores import Evaluated, Quality, Score
+from ablate.files import write_text
 from ablate.model.transformer import Transformer
 
 REPORT = "evaluation.json"
@@ -91,9 +92,7 @@ def evaluate(
     asked = Questions(tasks=tuple(task_names), shots=tuple(shots), limit=limit)
     scores = ask(model, own, asked, folder=folder, tasks_folder=tasks_folder)
     result = Evaluated(trial=trial.hash(), tokenizer_hash=own.tokenizer_hash, quality=quality, scores=scores)
-    partial = folder / f".{REPORT}.partial"
-    partial.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    partial.replace(folder / REPORT)
+    write_text(folder / REPORT, result.model_dump_json(indent=1) + "\n")
     return result
 
 

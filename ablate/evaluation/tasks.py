@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import yaml
 
 from ablate.config import ConfigError
 from ablate.data.tokens import Prepared
+from ablate.files import write_text
 
 CONTINUATION = "heldout_continuation"
 CLOZE = "heldout_cloze"
@@ -81,7 +81,7 @@ def write_tasks(prepared: Prepared, folder: Path) -> Path:
             )
         _write_lines(out / f"{task}.jsonl", questions)
         _write_lines(out / f"{task}.shots.jsonl", examples)
-        _write(out / f"{task}.yaml", _definition(task, out))
+        write_text(out / f"{task}.yaml", _definition(task, out))
     return out
 
 
@@ -242,10 +242,4 @@ def _definition(task: str, folder: Path) -> str:
 
 
 def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    _write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ablate.config import Tree, parse
+from ablate.distributed import sum_over_ranks
 from ablate.kernels.activations import unit_gain
 from ablate.kernels.op import Backend, route, tree_feedforward
 from ablate.kernels.reference import path_nodes
@@ -173,9 +174,8 @@ class TreeFeedForward(nn.Module):
 
         `rate` is the learning-rate schedule's share of its peak. Counts are summed over micro-batches and ranks.
         """
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(self._seen)
-            torch.distributed.all_reduce(self._inputs)
+        sum_over_ranks(self._seen)
+        sum_over_ranks(self._inputs)
         if self.tree.routing == "centred":
             tokens, rights, total, squares = self._seen
             reached = tokens >= MIN_TOKENS

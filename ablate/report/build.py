@@ -16,9 +16,10 @@ import jinja2
 import matplotlib as mpl
 from markupsafe import Markup
 
-from ablate.analysis.findings import analyse, write
+from ablate.analysis.findings import analyse
 from ablate.analysis.frames import canonical, load
 from ablate.config import ConfigError
+from ablate.files import write_text
 from ablate.report import parts, style, summary
 from ablate.report.context import Context
 from ablate.report.parts import View
@@ -50,9 +51,9 @@ def build(name: str, root: Path, address: str | None = None) -> Path:
     _tables(views, folder)
     _empty(folder / "plots")
     for name, frame in summary.frames(context).items():
-        write(folder / "plots" / f"{name}.csv", parts.safe_csv(frame))
-    write(folder / "report.md", _markdown(context, views))
-    write(folder / "index.html", _page(context, views, pictures))
+        write_text(folder / "plots" / f"{name}.csv", parts.safe_csv(frame))
+    write_text(folder / "report.md", _markdown(context, views))
+    write_text(folder / "index.html", _page(context, views, pictures))
     return folder
 
 
@@ -79,7 +80,7 @@ def _figures(views: list[View], folder: Path) -> dict[str, str]:
         for name, _, figure in view.figures:
             style.lay_out(figure)
             pictures[name] = style.svg(figure)
-            write(folder / "figures" / f"{name}.svg", pictures[name])
+            write_text(folder / "figures" / f"{name}.svg", pictures[name])
             (folder / "figures" / f"{name}.png").write_bytes(style.png(figure))
     return pictures
 
@@ -88,11 +89,11 @@ def _tables(views: list[View], folder: Path) -> None:
     for view in views:
         for table in view.tables:
             frame = parts.frame_of(table)
-            write(folder / "tables" / f"{table.name}.tex", parts.latex_table(table))
-            write(folder / "tables" / f"{table.name}.csv", parts.safe_csv(frame))
+            write_text(folder / "tables" / f"{table.name}.tex", parts.latex_table(table))
+            write_text(folder / "tables" / f"{table.name}.csv", parts.safe_csv(frame))
             frame.write_parquet(folder / "tables" / f"{table.name}.parquet")
         for name, frame in view.data.items():
-            write(folder / "tables" / f"{name}.csv", parts.safe_csv(frame))
+            write_text(folder / "tables" / f"{name}.csv", parts.safe_csv(frame))
             frame.write_parquet(folder / "tables" / f"{name}.parquet")
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ablate.analysis.compare import compare_tables
-from ablate.analysis.findings import write
 from ablate.analysis.frames import canonical, load
+from ablate.files import write_text
 from ablate.report import parts
 from ablate.report.parts import Column, Table
 
@@ -20,7 +20,7 @@ def compare(study_a: str, study_b: str, root: Path) -> Path:
     data = compare_tables(load(study_a, root), load(study_b, root))
     folder = root / "reports" / "compare" / f"{study_a}-{study_b}"
     (folder / "tables").mkdir(parents=True, exist_ok=True)
-    write(folder / "comparison.json", canonical(data))
+    write_text(folder / "comparison.json", canonical(data))
     questions = [
         {
             **{k: q[k] for k in ("choice", "against", "endpoint", "outcome")},
@@ -62,8 +62,8 @@ def compare(study_a: str, study_b: str, root: Path) -> Path:
         if table.rows:
             lines += [f"## {parts.markdown(table.caption)}", "", parts.markdown_table(table), ""]
             frame = parts.frame_of(table)
-            write(folder / "tables" / f"{table.name}.csv", parts.safe_csv(frame))
-            write(folder / "tables" / f"{table.name}.tex", parts.latex_table(table))
+            write_text(folder / "tables" / f"{table.name}.csv", parts.safe_csv(frame))
+            write_text(folder / "tables" / f"{table.name}.tex", parts.latex_table(table))
             frame.write_parquet(folder / "tables" / f"{table.name}.parquet")
-    write(folder / "report.md", "\n".join(lines))
+    write_text(folder / "report.md", "\n".join(lines))
     return folder

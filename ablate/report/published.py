@@ -14,6 +14,7 @@ from pathlib import Path
 import polars as pl
 
 from ablate.config import ConfigError
+from ablate.files import replacing_folder
 from ablate.report.build import build
 
 DATA = "data"
@@ -34,14 +35,10 @@ def publish(name: str, root: Path) -> Path:
         if not path.exists():
             raise ConfigError(f"{str(path)!r} does not exist: run `ablate study run` and `ablate collect {name}` first")
     kept = root / "reports" / name / DATA
-    part = kept.with_name(f"{DATA}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    shutil.copyfile(root / "studies" / f"{name}.yaml", part / "study.yaml")
-    for path in (plan, *sorted(tables.glob("*.parquet"))):
-        shutil.copyfile(path, part / path.name)
-    shutil.rmtree(kept, ignore_errors=True)
-    part.replace(kept)
+    with replacing_folder(kept) as folder:
+        shutil.copyfile(root / "studies" / f"{name}.yaml", folder / "study.yaml")
+        for path in (plan, *sorted(tables.glob("*.parquet"))):
+            shutil.copyfile(path, folder / path.name)
     redraw(name, root)
     return kept
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,13 +15,13 @@ from pydantic import Field, ValidationError
 
 from ablate.balance import metrics, usage
 from ablate.config import ConfigError, Scalar, digest
+from ablate.files import replacing, write_text
 from ablate.study.designs import Kind, Plan, PlannedTrial
 from ablate.training.result import Observer, TrialResult
 
 if TYPE_CHECKING:  # it needs torch, which those who only read results do without
     from ablate.balance.prune import PruneReport
 
-PARTIAL = ".partial"
 # Tables that a trial leaves in its folder.
 USAGE = "usage.parquet"
 TREES = "trees.parquet"
@@ -172,26 +172,13 @@ class Tracker(Protocol):
         ...
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file in one step that survives a crash: a reader sees the old text or the new, never half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
 def save_record(layout: Layout, record: Record, folder: Path) -> None:
     """Make a trial done: the tables in its folder first, then its record, each in one step."""
-    layout.results.mkdir(parents=True, exist_ok=True)
     for made, kept in layout.side_tables(record.trial).items():
         if (folder / made).exists():
-            partial = kept.with_name(f".{kept.name}.{os.getpid()}{PARTIAL}")
-            shutil.copyfile(folder / made, partial)
-            partial.replace(kept)
-    write_atomically(layout.record(record.trial), record.model_dump_json(indent=1) + "\n")
+            with replacing(kept) as partial:
+                shutil.copyfile(folder / made, partial)
+    write_text(layout.record(record.trial), record.model_dump_json(indent=1) + "\n")
 
 
 def save_prune(root: Path, trial: str, report: PruneReport) -> list[Path]:
@@ -199,7 +186,7 @@ def save_prune(root: Path, trial: str, report: PruneReport) -> list[Path]:
     studies = [p.parent.name for p in sorted((root / "results").glob(f"*/{trial}.json"))]
     kept = [Layout(root, study).prune(trial, report.threshold) for study in studies]
     for path in kept:
-        write_atomically(path, report.model_dump_json(indent=1) + "\n")
+        write_text(path, report.model_dump_json(indent=1) + "\n")
     return kept
 
 
@@ -281,7 +268,7 @@ def save_plan(layout: Layout, plan: Plan, tuned: dict[str, Any] | None = None) -
         )
     text = json.dumps(plan_document(plan, tuned), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     if not layout.plan.exists() or layout.plan.read_text(encoding="utf-8") != text:
-        write_atomically(layout.plan, text)
+        write_text(layout.plan, text)
 
 
 def load_plan(layout: Layout) -> dict[str, Any] | None:
@@ -295,9 +282,3 @@ def load_plan(layout: Layout) -> dict[str, Any] | None:
     if not isinstance(data, dict):
         raise ConfigError(f"plan {str(layout.plan)!r} is damaged: delete it and run the study again")
     return data
-
-
-def partial_files(layout: Layout) -> Iterator[Path]:
-    """Half-written files that a crash left in the results folder."""
-    if layout.results.is_dir():
-        yield from sorted(layout.results.glob(f".*{PARTIAL}"))

@@ -16,11 +16,12 @@ from filelock import FileLock, Timeout
 from optuna.exceptions import StorageInternalError
 
 from ablate.config import ConfigError, Study
+from ablate.files import leftovers
 from ablate.study.designs import Plan, choose_rate, expand
 from ablate.study.engines import LocalEngine, host
 from ablate.study.progress import Display
 from ablate.study.queue import Queue, default_storage, open_storage
-from ablate.study.records import Layout, Record, Tracker, load_plan, load_record, partial_files, save_plan
+from ablate.study.records import Layout, Record, Tracker, load_plan, load_record, save_plan
 from ablate.study.worker import Event, Job, Run, disk_full
 
 # So many workers in a row that end without having touched a trial, and starting more of them is no use.
@@ -101,7 +102,7 @@ def run_study(
     engine = engine or LocalEngine(workers)
     expand(study)
     with _alone(layout), _Signals() as signals:
-        for partial in partial_files(layout):
+        for partial in leftovers(layout.results):
             partial.unlink(missing_ok=True)
         card = None
         if run is None:

@@ -18,8 +18,9 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
 
 from ablate.config import ConfigError
+from ablate.files import leftovers
 from ablate.study.queue import ERROR, HASH, default_storage, open_storage
-from ablate.study.records import Layout, Record, load_plan, load_record, partial_files
+from ablate.study.records import Layout, Record, load_plan, load_record
 from ablate.study.status import is_live
 from ablate.tracking import schema
 from ablate.tracking.mlflow import MlflowTracker, Sender, default_uri, prepare_store, spool_path, sqlite_file
@@ -79,7 +80,7 @@ def _existing_store(uri: str) -> MlflowClient | None:
 
 def _files(layout: Layout, fix: bool) -> Iterator[Finding]:
     """Half-written and damaged files among the results."""
-    for path in partial_files(layout):
+    for path in leftovers(layout.results):
         if fix:
             path.unlink(missing_ok=True)
         yield Finding(layout.study, f"half-written file {path.name}", "delete it", fix)

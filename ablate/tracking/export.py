@@ -13,7 +13,8 @@ from pydantic_core import from_json
 
 from ablate.config import ConfigError
 from ablate.evaluation.scores import Score, columns
-from ablate.study.records import PARTIAL, Layout, Record, load_plan
+from ablate.files import replacing
+from ablate.study.records import Layout, Record, load_plan
 from ablate.tracking.schema import (
     BALANCE,
     COST,
@@ -227,9 +228,8 @@ def _frame(rows: list[dict[str, Any]], schema: dict[str, pl.DataType]) -> pl.Dat
 
 
 def _write(frame: pl.DataFrame, path: Path) -> None:
-    partial = path.with_name(f".{path.name}{PARTIAL}")
-    frame.write_parquet(partial, compression="zstd")
-    partial.replace(path)
+    with replacing(path) as partial:
+        frame.write_parquet(partial, compression="zstd")
 
 
 def _stream(
@@ -241,10 +241,8 @@ def _stream(
 ) -> None:
     """Stream a table of every trial into one; memory stays bounded however many trials there are."""
     present = [name for name in order if source(name).exists()]
-    partial = path.with_name(f".{path.name}{PARTIAL}")
     if not present:
-        pl.DataFrame(schema=schema).write_parquet(partial, compression="zstd")
-        partial.replace(path)
+        _write(pl.DataFrame(schema=schema), path)
         return
     place = pl.LazyFrame(
         {
@@ -258,5 +256,5 @@ def _stream(
     )
     rows = pl.scan_parquet([source(name) for name in present], include_file_paths="file")
     joined = rows.join(place, on="file", how="left", maintain_order="left").select(list(schema))
-    joined.sink_parquet(partial, compression="zstd", maintain_order=True, row_group_size=ROW_GROUP)
-    partial.replace(path)
+    with replacing(path) as partial:
+        joined.sink_parquet(partial, compression="zstd", maintain_order=True, row_group_size=ROW_GROUP)

@@ -19,6 +19,7 @@ from ablate.balance.usage import UsageParts
 from ablate.config import Trial
 from ablate.data.tokens import Prepared
 from ablate.evaluation.bits_per_byte import bits_per_byte
+from ablate.files import replacing
 from ablate.training.module import LanguageModel
 from ablate.training.result import Evaluation, Observer, Status
 from ablate.training.schedule import learning_rate
@@ -153,11 +154,12 @@ class Evaluator(pl.Callback):
         trainer.should_stop = True
 
     def _save(self, trainer: pl.Trainer) -> None:
-        """`last.ckpt`, replaced atomically."""
-        partial = self.folder / f".{LAST}.partial"
-        trainer.save_checkpoint(partial)
-        if trainer.is_global_zero:
-            partial.replace(self.folder / LAST)
+        """Replace `last.ckpt` in one step. All ranks take part; rank 0 writes."""
+        if not trainer.is_global_zero:
+            trainer.save_checkpoint(self.folder / LAST)
+            return
+        with replacing(self.folder / LAST) as partial:
+            trainer.save_checkpoint(partial)
 
 
 def _any(trainer: pl.Trainer, decision: bool) -> bool:

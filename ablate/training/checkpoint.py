@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ablate.config import ConfigError, Trial
+from ablate.files import replacing
 from ablate.model.ragged import shape_like
 from ablate.model.transformer import Transformer
 
@@ -55,13 +55,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def save_atomically(path: Path, content: Any) -> None:
-    """torch.save into a file beside it, flushed to disk, then renamed over it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Write `content` with torch.save, replacing the file in one step."""
+    with replacing(path) as partial:
+        torch.save(content, partial)

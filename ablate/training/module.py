@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ablate.config import Trial
+from ablate.distributed import sum_over_ranks
 from ablate.model.transformer import Transformer
 from ablate.training.optimizer import TreeAdamW
 from ablate.training.schedule import learning_rate
@@ -55,8 +56,7 @@ class LanguageModel(pl.LightningModule):
     def _losses(self) -> Tensor:
         """`loss_sum` over all ranks."""
         losses = self.loss_sum.clone()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(losses)
+        sum_over_ranks(losses)
         return losses
 
     def configure_optimizers(self) -> Any:

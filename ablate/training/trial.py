@@ -25,6 +25,7 @@ from ablate.data.tokens import Prepared, prepare
 from ablate.data.windows import EVAL_BATCH_TOKENS
 from ablate.evaluation.evaluate import ask, check_tasks
 from ablate.evaluation.scores import Score
+from ablate.files import leftovers, replacing
 from ablate.kernels.cpu import tasks as cpu_routes
 from ablate.model.counts import count
 from ablate.training import ranks
@@ -62,6 +63,8 @@ def run_trial(
     devices = trial.train.devices
     _check_devices(trial)
     folder.mkdir(parents=True, exist_ok=True)
+    for unfinished in leftovers(folder):
+        unfinished.unlink()
     if not resume:
         (folder / LAST).unlink(missing_ok=True)
         shutil.rmtree(folder / USAGE_PARTS, ignore_errors=True)
@@ -185,9 +188,8 @@ def _write_usage(evaluator: Evaluator, folder: Path) -> None:
     if evaluator.trial.train.motion:
         tables[MOTION] = evaluator.motion()
     for name, table in tables.items():
-        unfinished = folder / f".{name}.partial"
-        table.write_parquet(unfinished)
-        unfinished.replace(folder / name)
+        with replacing(folder / name) as partial:
+            table.write_parquet(partial)
     shutil.rmtree(folder / USAGE_PARTS, ignore_errors=True)
 
 

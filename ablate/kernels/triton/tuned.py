@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ablate.files import write_text
 from ablate.kernels.spec import TreeSpec
 from ablate.kernels.triton.tiling import DType, Route
 
@@ -53,10 +54,7 @@ def record(device: str, spec: TreeSpec, tokens: int, d: int, dtype: DType, entry
         if found.get("version") == _VERSION:
             content = found
     content["entries"][_key(device, spec, tokens, d, dtype)] = asdict(entry)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.{os.getpid()}")
-    partial.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-    partial.replace(file)
+    write_text(file, json.dumps(content, indent=1, sort_keys=True) + "\n")
     _table.cache_clear()
 
 

@@ -1,0 +1,59 @@
+"""What `import ablate` offers."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import inspect
+from pathlib import Path
+
+import pytest
+
+import ablate
+from ablate.files import leftovers, replacing, replacing_folder, write_text
+
+
+def test_public_names_exist_and_are_those_that_type_checkers_see() -> None:
+    tree = ast.parse(inspect.getsource(ablate))
+    typed = {
+        (alias.asname, n.module)
+        for block in tree.body
+        if isinstance(block, ast.If)
+        for n in block.body
+        if isinstance(n, ast.ImportFrom)
+        for alias in n.names
+    }
+    assert typed == set(ablate._HOME.items())
+    for name in ablate.__all__:
+        assert name in dir(ablate)
+        assert callable(getattr(ablate, name))
+
+
+def test_version_is_that_of_the_installed_package() -> None:
+    assert ablate.__version__ == importlib.metadata.version("ablate")
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = write_text(tmp_path / "new" / "a.txt", "old")
+    with pytest.raises(LookupError), replacing(path) as partial:
+        (partial.write_text("half"), [].pop())
+    assert path.read_text() == "old"
+    assert list(path.parent.iterdir()) == [path]
+    with replacing(path) as partial:
+        partial.write_text("new")
+        assert path.read_text() == "old"
+        assert leftovers(path.parent) == [partial]
+    assert path.read_text() == "new"
+    assert leftovers(tmp_path / "none") == []
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    for content in ("first", "second"):
+        with replacing_folder(path) as new:
+            (new / content).touch()
+        assert [p.name for p in path.iterdir()] == [content]
+    with pytest.raises(LookupError), replacing_folder(path):
+        [].pop()
+    assert [p.name for p in path.iterdir()] == ["second"]
+    assert list(tmp_path.iterdir()) == [path]
