@@ -13,7 +13,7 @@ from typing import Any
 
 import polars as pl
 
-from ablate.balance.usage import MOTION_SCHEMA, USAGE_SCHEMA
+from ablate.balance.usage import MOTION_SCHEMA, NORMS, USAGE_SCHEMA
 from ablate.config import ConfigError, Study, load_study
 
 FACTOR = "factor."
@@ -182,7 +182,7 @@ def load(name: str, root: Path) -> Tables:
     prune = _read(prune_path, name, PRUNE) if prune_path.exists() else None
     if prune is not None:
         prune = prune.with_columns(run_id=pl.col("run_id").fill_null(pl.col("trial")))
-    usage = _scan(folder / "usage.parquet", name, {"trial", "arm", "seed", *USAGE_SCHEMA})
+    usage = _scan(folder / "usage.parquet", name, {"trial", "arm", "seed", *USAGE_SCHEMA} - {*NORMS})
     motion = _scan(folder / "motion.parquet", name, {"trial", "arm", "seed", *MOTION_SCHEMA})
     return Tables(name, study, _plan(plan_path), trials, history, usage, prune, digests, motion)
 

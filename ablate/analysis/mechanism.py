@@ -17,6 +17,9 @@ from ablate.balance import mechanism as skew
 from ablate.balance.metrics import MIN_SIDE
 
 FACTOR = "tree.node_backward"
+EVALUATIONS = (0, 1, -1)
+"""Places, in a trial's order, of the evaluations whose usage `prediction` reads: it goes from the second to the last, and
+the first says which is the second."""
 MEASURES = ("right_excess", "imbalance", "router_right", "drift_right", "router_fuller", "drift_fuller")
 """right_excess: mean of 2r - 1; imbalance: of |2r - 1|, r the share that goes right. *_right: how far router and drift
 moved nodes towards the right side since the evaluation before; *_fuller: towards the side that was fuller."""
@@ -28,7 +31,7 @@ def mechanism(tables: Tables, frame: pl.DataFrame, found: list[dict[str, Any]]) 
     `verdict` is supported where every named contrast between arms that differ in the backward pass, on dead leaves and
     with a direction, is supported; refuted where one is refuted; else inconclusive.
     """
-    if FACTOR not in tables.factors:
+    if not applies(tables):
         return None
     rests_on = [f for f in found if f["family"] == "confirm" and _backward(tables, f)]
     verdicts = {f["verdict"] for f in rests_on}
@@ -43,6 +46,11 @@ def mechanism(tables: Tables, frame: pl.DataFrame, found: list[dict[str, Any]]) 
         "pushes": pushes(tables, frame),
         "prediction": [p for arm in _arms(frame) if (p := prediction(tables, frame, arm))],
     }
+
+
+def applies(tables: Tables) -> bool:
+    """Return whether the study varies the backward pass of the nodes."""
+    return FACTOR in tables.factors
 
 
 def _backward(tables: Tables, f: dict[str, Any]) -> bool:
@@ -115,7 +123,7 @@ def prediction(tables: Tables, frame: pl.DataFrame, arm: str) -> dict[str, Any] 
         usage = tables.usage.filter((pl.col("trial") == trial) & (pl.col("window") == "held_out")).collect()
         steps = sorted(usage["step"].unique().to_list())
         if len(steps) >= 3:
-            rows.append(skew.side_rows(usage, seed, step=steps[1]))
+            rows.append(skew.side_rows(usage, seed, step=steps[EVALUATIONS[1]]))
     try:
         p = skew.predict(pl.concat(rows)) if rows else None
     except ValueError:

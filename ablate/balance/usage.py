@@ -29,6 +29,9 @@ USAGE_SCHEMA: dict[str, pl.DataType] = {
     "out_norm": pl.Float32(),  # same for w_out; null where nodes have none
 }
 
+NORMS = ("in_norm", "out_norm")
+"""Columns that reports do not read: the usage tables of published studies lack them."""
+
 TREES_SCHEMA: dict[str, pl.DataType] = {
     "step": pl.Int32(),
     "layer": pl.Int16(),

@@ -26,6 +26,10 @@ from ablate.report.parts import View
 from ablate.report.views import VIEWS
 
 TEMPLATES = Path(__file__).parent / "templates"
+DATA = "data"
+"""Folder of a published study's tables, beside its report."""
+PICTURES = "!figures/*.png"
+"""The line of a report's own .gitignore that keeps its pictures in git."""
 
 
 def build(name: str, root: Path, address: str | None = None) -> Path:
@@ -41,7 +45,7 @@ def build(name: str, root: Path, address: str | None = None) -> Path:
         raise ConfigError(f"MLflow address is {address!r}: it starts with http:// or https://")
     tables = load(name, root)
     folder = root / "reports" / name
-    findings = _findings(name, root, tables.digests)
+    findings = current_findings(name, root, tables.digests)
     with mpl.rc_context(style.RC):
         context = Context(tables, findings, address.rstrip("/") if address else None)
         views = [view(context) for view in VIEWS]
@@ -52,19 +56,20 @@ def build(name: str, root: Path, address: str | None = None) -> Path:
     _empty(folder / "plots")
     for name, frame in summary.frames(context).items():
         write_text(folder / "plots" / f"{name}.csv", parts.safe_csv(frame))
-    write_text(folder / "report.md", _markdown(context, views))
+    write_text(folder / "report.md", _markdown(context, views, shows_pictures(folder)))
     write_text(folder / "index.html", _page(context, views, pictures))
     return folder
 
 
-def _findings(name: str, root: Path, digests: dict[str, str]) -> dict[str, Any]:
+def current_findings(name: str, root: Path, digests: dict[str, str]) -> dict[str, Any]:
+    """Return the findings of the tables with these digests; computes and writes them where the file has others."""
     path = root / "reports" / name / "findings.json"
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data["inputs"] == digests:
             return dict(data)
     except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
-        pass  # missing, damaged or of another version: made anew below
+        pass  # missing, damaged or of another version: computed below
     return dict(json.loads(analyse(name, root).read_text(encoding="utf-8")))
 
 
@@ -97,11 +102,25 @@ def _tables(views: list[View], folder: Path) -> None:
             frame.write_parquet(folder / "tables" / f"{name}.parquet")
 
 
-def _markdown(c: Context, views: list[View]) -> str:
+def shows_pictures(report: Path) -> bool:
+    """Return whether report.md may show pictures: they are on disk, and in git where the folder's .gitignore says so.
+
+    A published study without such a file names its pictures, so that a reader on the web sees none that are broken.
+    """
+    rules = report / ".gitignore"
+    return not (report / DATA).exists() or (rules.exists() and PICTURES in rules.read_text(encoding="utf-8"))
+
+
+def _markdown(c: Context, views: list[View], pictures: bool) -> str:
     md = parts.markdown
     lines = [f"# {md(c.findings['title'] or c.tables.name)}", ""]
     lines += [parts.markdown_prose(c.findings["notes"]), ""] if c.findings["notes"] else []
-    for view in views:
+    if not pictures:
+        lines += [
+            f"`ablate figures {c.tables.name}` draws the figures named below, and the page `index.html`.",
+            "",
+        ]
+    for view in (v for v in views if not v.empty):
         lines += [f"## {md(view.title)}", "", f"*{md(view.question)}*", ""]
         if view.missing:
             lines += [parts.markdown_prose(view.missing), ""]
@@ -109,9 +128,15 @@ def _markdown(c: Context, views: list[View]) -> str:
             lines += [f"- {parts.markdown_prose(text)}"]
         lines += [""] if view.reading else []
         for name, caption, _ in view.figures:
-            lines += [f"![{md(caption)}](figures/{name}.png)", ""]
+            shown = (
+                f"![{md(caption)}](figures/{name}.png)" if pictures else f"Figure `figures/{name}.png`: {md(caption)}."
+            )
+            lines += [shown, ""]
         for table in view.tables:
             lines += [f"**{md(table.caption)}**", "", parts.markdown_table(table), ""]
+    absent = "; ".join(md(v.title) for v in views if v.empty)
+    if absent:
+        lines += [f"Not part of this study: {absent}. The page `index.html` says what each one needs.", ""]
     return "\n".join(lines)
 
 
@@ -123,7 +148,7 @@ def _page(c: Context, views: list[View], pictures: dict[str, str]) -> str:
     plots: dict[str, Any] = {}
     widgets: dict[str, Any] = {}
     sections = []
-    for view in views:
+    for view in (v for v in views if not v.empty):
         plots |= dict(view.plots)
         widgets |= dict(view.widgets)
         figures = [
@@ -151,6 +176,7 @@ def _page(c: Context, views: list[View], pictures: dict[str, str]) -> str:
         study=c.tables.name,
         findings=c.findings,
         sections=sections,
+        absent=[v for v in views if v.empty],
         policy=policy,
         css=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
         scripts=[Markup(s) for s in scripts],

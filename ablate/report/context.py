@@ -113,14 +113,19 @@ class Context:
         )
 
     @cached_property
+    def first_trials(self) -> dict[str, dict[str, Any]]:
+        """For each arm, its first seed's trial: of those that did not diverge, where there is one."""
+        picked: dict[str, dict[str, Any]] = {}
+        for row in self.outcomes.sort("arm", pl.col("status") == "diverged", "seed").iter_rows(named=True):
+            picked.setdefault(row["arm"], row)
+        return picked
+
+    @cached_property
     def usage(self) -> dict[str, Usage]:
         """For each drawn arm, the usage of its first seed's trial."""
         if self.tables.usage is None:
             return {}
-        picked: dict[str, dict[str, Any]] = {}
-        for row in self.outcomes.sort("arm", pl.col("status") == "diverged", "seed").iter_rows(named=True):
-            if row["arm"] in self.shown:
-                picked.setdefault(row["arm"], row)
+        picked = {arm: row for arm, row in self.first_trials.items() if arm in self.shown}
         wanted = [r["trial"] for r in picked.values()]
         held_out = (pl.col("window") == "held_out") & pl.col("trial").is_in(wanted)
         columns = ["trial", "step", "layer", "tree", "level", "index", "count", "skew", "offset"]

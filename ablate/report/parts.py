@@ -59,6 +59,11 @@ class View:
     """What the figures show, written to tables/ as CSV and parquet."""
     missing: str = ""
 
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to show but what is missing."""
+        return bool(self.missing) and not (self.reading or self.figures or self.tables)
+
 
 def text_of(value: Any, form: str) -> str:
     """A cell as plain text."""

@@ -1,27 +1,34 @@
-"""Published studies: the tables behind a report kept beside it, so that it can be drawn again without training.
+"""Published studies: the tables behind a report, kept in git beside it, so that it can be drawn without training.
 
-reports/<study>/data/ holds the study file, the plan and the exported tables, small enough for git. From them alone the
-findings, the figures and their data are made anew.
+reports/<study>/data/ holds the study file, the plan and the exported tables, of usage what is read (`trim`). From them
+alone the findings, the figures and the data of the figures follow.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import tempfile
 from pathlib import Path
 
 import polars as pl
 
+from ablate.analysis.frames import canonical, load
 from ablate.config import ConfigError
-from ablate.files import replacing_folder
-from ablate.report.build import build
+from ablate.files import replacing_folder, write_text
+from ablate.report import trim
+from ablate.report.build import DATA, build, current_findings
+from ablate.report.context import Context
 
-DATA = "data"
-DRAWN = ("findings.json", "metrics.json", "report.md", "index.html", "figures", "tables", "plots")
+CHECKSUMS = "checksums.json"
+"""SHA-256 of each table and curve that was drawn, by path: git keeps these, and the files are drawn."""
+DRAWN = ("findings.json", "metrics.json", CHECKSUMS, "report.md", "index.html", "figures", "tables", "plots")
 """Everything that a report is made of."""
-COMPARED = ("findings.json", "tables/*.csv", "plots/*.csv")
-"""What must come out the same, bit for bit; pictures depend on matplotlib's version, too."""
+COMPARED = ("tables/*.csv", "plots/*.csv")
+"""What must come out the same, bit for bit, with findings.json; pictures depend on matplotlib's version, too."""
+COMPRESSION = 9
+"""Level of zstd: a published table is written once, and above this level hardly anything is gained."""
 
 
 def publish(name: str, root: Path) -> Path:
@@ -34,11 +41,15 @@ def publish(name: str, root: Path) -> Path:
     for path in (plan, tables / "trials.parquet"):
         if not path.exists():
             raise ConfigError(f"{str(path)!r} does not exist: run `ablate study run` and `ablate collect {name}` first")
+    loaded = load(name, root)
+    usage = trim.usage(Context(loaded, current_findings(name, root, loaded.digests)))
     kept = root / "reports" / name / DATA
     with replacing_folder(kept) as folder:
         shutil.copyfile(root / "studies" / f"{name}.yaml", folder / "study.yaml")
         for path in (plan, *sorted(tables.glob("*.parquet"))):
             shutil.copyfile(path, folder / path.name)
+        if usage is not None:
+            usage.write_parquet(folder / "usage.parquet", compression_level=COMPRESSION)
     redraw(name, root)
     return kept
 
@@ -54,7 +65,7 @@ def size(name: str, root: Path) -> int:
 
 
 def redraw(name: str, root: Path) -> list[str]:
-    """Make the findings and the report of a published study anew from what is kept; returns the data files that differ.
+    """Make the findings and the report of a published study from what is kept; returns the data files that differ.
 
     Raises:
         ConfigError: the study is not published here, or what is kept is damaged.
@@ -63,14 +74,16 @@ def redraw(name: str, root: Path) -> list[str]:
     if not (report / DATA / "study.yaml").exists():
         known = ", ".join(published(root)) or "none"
         raise ConfigError(f"study {name!r} is not published: {known} is; `ablate publish {name}` does it")
-    before = _digests(report)
+    before = _known(report)
     with tempfile.TemporaryDirectory(prefix=".redraw-", dir=root / "reports") as folder:
         place = Path(folder)
-        for path, target in _stage(report / DATA, name, place):
+        for path, target in _stage(report, name, place):
             target.parent.mkdir(parents=True, exist_ok=True)
             target.symlink_to(path.resolve())
         made = build(name, place)
-        after = _digests(made)
+        drawn = {str(p.relative_to(made)): _hash(p) for pattern in COMPARED for p in sorted(made.glob(pattern))}
+        write_text(made / CHECKSUMS, canonical(drawn))
+        after = _known(made)
         for part in DRAWN:
             old = report / part
             if old.is_dir():
@@ -80,15 +93,22 @@ def redraw(name: str, root: Path) -> list[str]:
     return sorted(n for n in before.keys() | after.keys() if before.get(n) != after.get(n))
 
 
-def _stage(kept: Path, name: str, place: Path) -> list[tuple[Path, Path]]:
-    """Where a project has what is kept."""
+def _stage(report: Path, name: str, place: Path) -> list[tuple[Path, Path]]:
+    """Where a project has what is kept, and what tells its report that it is published."""
     fixed = {
         "study.yaml": place / "studies" / f"{name}.yaml",
         "plan.json": place / "results" / name / "plan.json",
     }
-    return [(p, fixed.get(p.name, place / "tables" / name / p.name)) for p in sorted(kept.iterdir())]
+    kept = [(p, fixed.get(p.name, place / "tables" / name / p.name)) for p in sorted((report / DATA).iterdir())]
+    return kept + [(p, place / "reports" / name / p.name) for p in (report / DATA, report / ".gitignore") if p.exists()]
 
 
-def _digests(report: Path) -> dict[str, str]:
-    files = (path for pattern in COMPARED for path in report.glob(pattern))
-    return {str(p.relative_to(report)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+def _known(report: Path) -> dict[str, str]:
+    """Hashes of the data of a report by path, as far as it has them."""
+    findings, sums = report / "findings.json", report / CHECKSUMS
+    known: dict[str, str] = json.loads(sums.read_text(encoding="utf-8")) if sums.exists() else {}
+    return known | ({findings.name: _hash(findings)} if findings.exists() else {})
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

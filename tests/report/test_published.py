@@ -6,11 +6,13 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
 
 from ablate.config import ConfigError
+from ablate.report.build import build
 from ablate.report.published import publish, published, redraw
 from tests.report.synthetic import write_study
 
@@ -30,7 +32,8 @@ def test_drawn_again_from_what_is_kept_alone(tmp_path: Path) -> None:
     assert published(tmp_path) == ["demo"]
     for folder in ("studies", "results", "tables"):
         shutil.rmtree(tmp_path / folder)
-    shutil.rmtree(tmp_path / "reports/demo/figures")
+    for folder in ("figures", "tables", "plots"):  # git does not keep them
+        shutil.rmtree(tmp_path / "reports/demo" / folder)
     assert redraw("demo", tmp_path) == []
     assert (tmp_path / "reports/demo/figures/trajectories.png").stat().st_size > 5000
     assert [p.name for p in (tmp_path / "reports").iterdir()] == ["demo"], "nothing of the drawing is left behind"
@@ -39,6 +42,49 @@ def test_drawn_again_from_what_is_kept_alone(tmp_path: Path) -> None:
     table.with_columns(pl.col("bpb") + 0.1 * (pl.col("factor.tree.mirror") == 1)).write_parquet(kept / "trials.parquet")
     changed = redraw("demo", tmp_path)
     assert {"findings.json", "tables/pareto.csv", "plots/effects.csv"} <= set(changed)
+
+
+def test_only_what_is_read_of_usage_is_kept_and_it_gives_the_same_data(tmp_path: Path) -> None:
+    slopes: dict[str, list[Any]] = {"tree.node_backward": ["own", "flat"]}
+    write_study(tmp_path, factors=slopes, controls=False, tune=False, diverged=False)
+    path = tmp_path / "tables/demo/usage.parquet"
+    usage = pl.read_parquet(path)
+    place = 7 * pl.col("index") + pl.col("layer") + pl.col("tree") + pl.col("seed")
+    lost = (pl.col("step") == 300) & (pl.col("level") == pl.col("level").max()) & (place % 3 == 0)
+    usage = usage.with_columns(count=pl.when(lost).then(0).otherwise(pl.col("count")))
+    since = usage.with_columns(window=pl.lit("train"), count=pl.col("count") * 3)
+    pl.concat([usage, since]).write_parquet(path)
+    build("demo", tmp_path)
+    report = tmp_path / "reports/demo"
+    full = {p.name: p.read_bytes() for p in (*report.glob("tables/*.csv"), report / "findings.json")}
+    assert "mechanism_prediction.csv" in full
+    kept = pl.read_parquet(publish("demo", tmp_path) / "usage.parquet")
+    assert {p.name: p.read_bytes() for p in (*report.glob("tables/*.csv"), report / "findings.json")} == full
+
+    assert set(usage.columns) - set(kept.columns) == {"in_norm", "out_norm"}
+    steps = {k[0]: sorted(g["step"].unique()) for k, g in kept.group_by("arm", "seed") if k[1] == 0}
+    assert all(found == sorted(usage["step"].unique()) for found in steps.values()), "figures draw the first seed"
+    later = kept.filter(pl.col("seed") > 0)
+    assert sorted(later["step"].unique()) == [0, 25, 300], (
+        "the others only foretell the last evaluation from the second"
+    )
+    rows = kept.select("trial", "step", "layer", "tree", "level", "index", "count", "skew", "offset")
+    on = ["trial", "step", "layer", "tree", "level", "index"]
+    assert rows.join(usage, on=on).select(pl.col("count") == pl.col("count_right")).to_series().all()
+
+
+def test_a_published_report_names_its_pictures_unless_git_keeps_them(tmp_path: Path) -> None:
+    write_study(tmp_path, factors={"tree.mirror": [0.0, 1.0]}, controls=False, tune=False, usage=1, diverged=False)
+    report = build("demo", tmp_path)
+    picture = "![Differences in bits per byte](figures/verdicts_bpb.png)"
+    assert picture in (report / "report.md").read_text()
+    publish("demo", tmp_path)
+    text = (report / "report.md").read_text()
+    assert "![" not in text
+    assert "Figure `figures/verdicts_bpb.png`: Differences in bits per byte." in text
+    (report / ".gitignore").write_text("!figures/*.png\n")
+    assert redraw("demo", tmp_path) == []
+    assert picture in (report / "report.md").read_text()
 
 
 def test_what_is_not_published_is_said(tmp_path: Path) -> None:

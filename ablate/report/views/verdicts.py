@@ -92,7 +92,7 @@ def _summary(c: Context) -> list[str]:
     out = []
     found = c.findings["findings"]
     for family in c.findings["families"]:
-        own = [f for f in [*found, *c.findings["recovered"]] if f["family"] == family["family"]]
+        own = [f for f in [*found, *c.findings["recovered"], *c.findings["pruning"]] if f["family"] == family["family"]]
         counts = ", ".join(
             f"{sum(f['verdict'] == v for f in own)} {v}" for v in ("supported", "refuted", "inconclusive")
         )
