@@ -1,4 +1,4 @@
-"""Further measurements of the CPU layer: growth with depth (time and memory), threads, and the table of routes."""
+"""Further measurements of the CPU layer: growth with depth (time and memory), and threads."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ from torch import Tensor
 
 from ablate.bench.contenders import Shape
 from ablate.bench.layer import SHAPES
-from ablate.kernels.cpu import tasks as cpu_routes
-from ablate.kernels.cpu import vector as cpu_vector
 from ablate.kernels.op import tree_feedforward
 
 RUNS = 15
@@ -83,50 +81,6 @@ def scaling(shapes: Sequence[str] = ("A",), *, as_json: bool = False) -> list[di
             rows.append(row | {"speedup": statistics.median(times[1]) / seconds})
     torch.set_num_threads(most)
     return _show("Threads", rows, as_json)
-
-
-def tune(path: Path) -> cpu_routes.Routes:
-    """Measure this machine's table of routes and write it to `path`; `ABLATE_ROUTES` names a table to use instead.
-
-    `dense_below` is the largest ratio of all units to active units, among shallow trees, up to which dense products
-    were at least 5% faster in both passes together, 0 where they never were; `block` is the fastest on shape B, the
-    shipped one where none is 5% faster.
-    """
-    from ablate.training.trial import cpu_model  # with Lightning, which the other measurements do without
-
-    table = cpu_routes.routes()
-    below = 0.0
-    for depth, width in ((0, 32), (1, 2), (1, 32), (2, 2), (2, 32), (3, 8)):
-        shape = Shape(name="", tokens=2048, d=256, trees=2, depth=depth, leaf_width=width)
-        times = _with_tables(shape, {n: table._replace(dense_below=n) for n in (0.0, float("inf"))})
-        if times[float("inf")] > 0.95 * times[0.0]:
-            break
-        below = shape.total_units / shape.active_units
-    blocks: dict[float, cpu_routes.Routes] = {n: table._replace(block=n) for n in {2048, 8192, 32768, table.block}}
-    by_block = _with_tables(SHAPES["B"], blocks)
-    fastest = int(min(by_block, key=by_block.__getitem__))
-    measured = cpu_routes.Routes(
-        version=1,
-        machine=f"{cpu_model()}, {8 * cpu_vector.VECTOR_BYTES}-bit vectors, {torch.get_num_threads()} threads",
-        block=fastest if by_block[fastest] < 0.95 * by_block[table.block] else table.block,
-        dense_below=round(below + 0.01, 2) if below else 0.0,
-    )
-    path.write_text(json.dumps(measured._asdict(), indent=2) + "\n")
-    return measured
-
-
-def _with_tables(shape: Shape, tables: dict[float, cpu_routes.Routes]) -> dict[float, float]:
-    """Median seconds of a step under each table."""
-    step = _step(shape)
-
-    def under(table: cpu_routes.Routes) -> Callable[[], object]:
-        def call() -> object:
-            with cpu_routes.using(table):
-                return step()
-
-        return call
-
-    return {n: statistics.median(t) for n, t in _in_turn({n: under(t) for n, t in tables.items()}).items()}
 
 
 def _step(shape: Shape) -> Callable[[], tuple[Tensor, ...]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -60,9 +59,6 @@ def bench_layer(
         bool, typer.Option("--growth", help="Instead: time and memory of a step for depths 6 to 12.")
     ] = False,
     scaling: Annotated[bool, typer.Option("--scaling", help="Instead: a step with 1, 2, 4, … threads.")] = False,
-    tune: Annotated[
-        Path | None, typer.Option(help="Instead: measure this machine's table of routes into this file.")
-    ] = None,
     as_json: Json = False,
 ) -> None:
     """One tree layer beside dense, masked, fastfeedforward and mixture-of-experts layers; correctness comes first."""
@@ -75,17 +71,15 @@ def bench_layer(
         if not torch.cuda.is_available():
             raise ConfigError("device is 'cuda': no CUDA or ROCm device is here; use cpu")
     names = among(shapes.split(","), list(layer.SHAPES), "shapes")
-    if growth or scaling or tune is not None:
+    if growth or scaling:
         from ablate.bench import layer_modes
 
         if device != "cpu":
-            raise ConfigError(f"device is {device!r}: --growth, --scaling and --tune measure the cpu")
+            raise ConfigError(f"device is {device!r}: --growth and --scaling measure the cpu")
         if growth:
             layer_modes.growth(threads=threads, as_json=as_json)
         if scaling:
             layer_modes.scaling(names, as_json=as_json)
-        if tune is not None:
-            print(json.dumps(layer_modes.tune(tune)._asdict()))
         return
     layer.run(
         names,

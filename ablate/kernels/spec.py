@@ -8,7 +8,9 @@ A = K(D·node_output + W) units one token activates.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import ast
+import functools
+from dataclasses import dataclass, field, fields
 from typing import Literal, NamedTuple
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "relu2", "silu", "tanh"]
@@ -61,6 +63,12 @@ class TreeSpec:
     node_mirror: float = 0.0
     node_gain: float = 1.0
     leaf_gain: float = 1.0
+    key: str = field(init=False, compare=False, repr=False)
+    """The fields as text, which `parse_spec` reads: operators of `torch.library` take no classes of ours."""
+
+    def __post_init__(self) -> None:
+        values = tuple(getattr(self, f.name) for f in fields(self) if f.init)
+        object.__setattr__(self, "key", repr(values))
 
     @property
     def leaves(self) -> int:
@@ -86,3 +94,10 @@ class TreeSpec:
     def path(self) -> int:
         """D + W, responses recorded per token and tree: the path's nodes from the root down, then the leaf's units."""
         return self.depth + self.leaf_width
+
+
+@functools.lru_cache(maxsize=1024)
+def parse_spec(key: str) -> TreeSpec:
+    """Return the spec that has this key."""
+    names = (f.name for f in fields(TreeSpec) if f.init)
+    return TreeSpec(**dict(zip(names, ast.literal_eval(key), strict=True)))

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from ablate.config import ConfigError, Tree, parse
-from ablate.kernels.op import Backend
 from ablate.model import neuron_placement
 from ablate.model.mlps import Found, TreeMlp, find_mlps, replace
 from ablate.model.transformer import evaluating
@@ -85,7 +84,7 @@ def convert(
     tree: Tree | None = None,
     init: Init = "dense",
     calibration: Batch | None = None,
-    backend: Backend = "auto",
+    backend: str = "auto",
     seed: int = 0,
 ) -> Conversion:
     """Replace MLPs of `model` by tree layers, in place.
@@ -158,7 +157,7 @@ def register(base_class: str) -> Any:
     return _tree_class(base)
 
 
-def _layer(one: Found, tree: Tree, init: Init, x: Tensor | None, backend: Backend, seed: int) -> TreeMlp:
+def _layer(one: Found, tree: Tree, init: Init, x: Tensor | None, backend: str, seed: int) -> TreeMlp:
     generator = torch.Generator().manual_seed(seed)
     new = TreeMlp(
         TreeFeedForward(one.mlp.w_in.shape[1], tree, backend=backend, generator=generator), dropout=one.dropout

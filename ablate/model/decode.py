@@ -5,13 +5,13 @@ Shapes: B rows, T new tokens of each, S positions a row has room for, H heads of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ablate.kernels.op import choose_backend
+from ablate.kernels.backend import REFERENCE, choose, load
 from ablate.model.tree import TreeFeedForward
 
 STEP_TOKENS = 8
@@ -96,25 +96,26 @@ class Cache:
 
 
 class TreeStep:
-    """A tree layer for a few tokens at a time on a CPU: the path's rows are read, and no others.
+    """A tree layer for a few tokens at a time: the path's rows are read, and no others.
 
     Thresholds are computed once, here: with `router_input: centred` they need every node's row.
     """
 
-    def __init__(self, tree: TreeFeedForward) -> None:
-        from ablate.kernels.cpu import decode_step
-
-        self._run = decode_step.prepare(
-            tree.w_in, tree.b, tree.w_out, tree.effective_thresholds(), tree.router_w, tree.router_b, tree.spec
-        )
+    def __init__(self, run: Callable[[Tensor], Tensor]) -> None:
+        self._run = run
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Y [..., d] of x [..., d]."""
+        """Return y [..., d] of x [..., d]."""
         return self._run(x.reshape(-1, x.shape[-1])).view(x.shape)
 
 
 def tree_step(tree: TreeFeedForward) -> TreeStep | None:
-    """A step for layers that the CPU kernels serve; None elsewhere: the layer's own forward does then."""
-    weights_fit = tree.w_in.dtype in {torch.float32, torch.float64}
-    served = tree.backend == "cpu" or (tree.backend == "auto" and choose_backend(tree.w_in) == "cpu")
-    return TreeStep(tree) if served and weights_fit else None
+    """Return a step where the layer's backend has one; None elsewhere: the layer's own forward is used then."""
+    w = tree.w_in
+    chosen = choose(tree.backend, w.device, w.dtype)
+    if chosen == REFERENCE:
+        return None
+    run = load(chosen).decoder(
+        w, tree.b, tree.w_out, tree.effective_thresholds(), tree.router_w, tree.router_b, tree.spec
+    )
+    return None if run is None else TreeStep(run)

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ablate.config import Tree
-from ablate.kernels.op import Backend
-from ablate.kernels.ragged.op import ragged_feedforward, route, shape_of
+from ablate.kernels.ragged.op import ragged_feedforward, route
+from ablate.kernels.ragged.shape import shape_of
 from ablate.model.tree import TreeFeedForward, tree_spec
 
 
@@ -31,7 +31,7 @@ class RaggedFeedForward(nn.Module):
     router_b: Tensor | None
 
     def __init__(
-        self, d_model: int, tree: Tree, roots: Tensor, branches: Tensor, origin: Tensor, *, backend: Backend = "auto"
+        self, d_model: int, tree: Tree, roots: Tensor, branches: Tensor, origin: Tensor, *, backend: str = "auto"
     ) -> None:
         super().__init__()
         self.tree, self.spec, self.backend = tree, tree_spec(tree), backend

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ablate.config import Trial
-from ablate.kernels.op import Backend
 from ablate.model.decode import STEP_TOKENS, Cache, tree_step
 from ablate.model.dense import DenseFeedForward
 from ablate.model.moe import MixtureFeedForward
@@ -66,7 +65,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm attention and feed-forward, each added to the residual stream."""
 
-    def __init__(self, trial: Trial, generator: torch.Generator, backend: Backend) -> None:
+    def __init__(self, trial: Trial, generator: torch.Generator, backend: str) -> None:
         super().__init__()
         model = trial.model
         self.attention_norm = nn.RMSNorm(model.d_model)
@@ -94,7 +93,7 @@ class Transformer(nn.Module):
 
     def __init__(self, trial: Trial, vocab_size: int) -> None:
         super().__init__()
-        backend: Backend = trial.train.backend
+        backend: str = trial.train.backend
         generator = torch.Generator().manual_seed(trial.init_seed)
         embedding = torch.empty(vocab_size, trial.model.d_model).normal_(0, EMBEDDING_SD, generator=generator)
         self.embedding = nn.Parameter(embedding)

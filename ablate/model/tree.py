@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ablate.config import Tree, parse
 from ablate.distributed import sum_over_ranks
 from ablate.kernels.activations import unit_gain
-from ablate.kernels.op import Backend, route, tree_feedforward
+from ablate.kernels.op import route, tree_feedforward
 from ablate.kernels.reference import path_nodes
 from ablate.kernels.spec import TreeSpec, is_identity
 from ablate.model import auxiliary_losses, init
@@ -64,14 +64,14 @@ class TreeFeedForward(nn.Module):
         d_model: int,
         tree: Tree | None = None,
         *,
-        backend: Backend = "auto",
+        backend: str = "auto",
         generator: torch.Generator | None = None,
         **settings: Any,
     ) -> None:
         super().__init__()
         self.tree = tree if tree is not None else parse(Tree, settings, where="tree")
         self.spec = spec = tree_spec(self.tree)
-        self.backend: Backend = backend
+        self.backend: str = backend
         self.region_leak, self.load_loss = 0.0, False
         self._generator = generator if generator is not None else torch.Generator().manual_seed(torch.initial_seed())
         k, m = spec.trees, spec.nodes

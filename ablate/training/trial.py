@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import logging
 import platform
 import shutil
@@ -11,14 +10,13 @@ import subprocess
 import time
 import warnings
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
-from ablate.config import ConfigError, Trial, digest
+from ablate.config import ConfigError, Trial
 from ablate.data.module import TokenData
 from ablate.data.stream import StreamData
 from ablate.data.tokens import Prepared, prepare
@@ -26,7 +24,7 @@ from ablate.data.windows import EVAL_BATCH_TOKENS
 from ablate.evaluation.evaluate import ask, check_tasks
 from ablate.evaluation.scores import Score
 from ablate.files import leftovers, replacing
-from ablate.kernels.cpu import tasks as cpu_routes
+from ablate.kernels.backend import REFERENCE, choose, load
 from ablate.model.counts import count
 from ablate.training import ranks
 from ablate.training.callbacks import LAST, USAGE_PARTS, Evaluator, calibration_windows
@@ -246,10 +244,8 @@ def cpu_model() -> str:
 
 
 def _route_table(trial: Trial, device: torch.device) -> str:
-    """Name and digest of the table that chose the kernels' routes."""
-    if trial.train.backend == "reference" or trial.model.feedforward != "tree":
-        return "reference"
-    if device.type == "cpu":
-        return f"{cpu_routes.TABLE} {digest(cpu_routes.routes()._asdict())}"
-    table = json.loads(files("ablate.kernels.triton").joinpath("configs.json").read_text(encoding="utf-8"))
-    return f"configs.json {digest(table)}"
+    """Return what decided how the tree layers are computed on a device."""
+    if trial.model.feedforward != "tree":
+        return REFERENCE
+    name = choose(trial.train.backend, device, torch.float32)
+    return REFERENCE if name == REFERENCE else load(name).version()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import subprocess
 import sys
@@ -18,14 +17,11 @@ import torch
 from hypothesis import given, settings
 
 from ablate.kernels import activations
-from ablate.kernels.cpu import backend as cpu
-from ablate.kernels.cpu import dense as cpu_dense
 from ablate.kernels.cpu import pointwise as cpu_pointwise
-from ablate.kernels.cpu import tasks as cpu_routes
 from ablate.kernels.cpu.jit import jit
 from ablate.kernels.cpu.threads import run_on_threads
 from ablate.kernels.spec import ACTIVATIONS, TRAITS, Activation, Placement
-from tests.kernels.contract import CASES, BackendContract, Case, Layer, assert_close, check, random_cases, tree
+from tests.kernels.contract import BackendContract, Case, Layer, check, random_cases, tree
 
 DTYPES = (torch.float32, torch.float64)
 
@@ -108,37 +104,6 @@ def test_a_token_does_not_depend_on_its_neighbours() -> None:
         part, _ = replace(layer, x=layer.x[first:last], gy=layer.gy[first:last]).call("cpu")
         assert torch.equal(part.y, together.y[first:last])
         assert torch.equal(part.leaves, together.leaves[first:last])
-
-
-DENSE = [c for c in CASES if c.spec.placement == "unit"]
-
-
-@pytest.mark.parametrize("case", DENSE, ids=str)
-def test_the_dense_route_agrees(case: Case) -> None:
-    """Every shape goes through dense products when the table says that they always pay."""
-    always = cpu_routes.routes()._replace(dense_below=math.inf)
-    with cpu_routes.using(always):
-        assert cpu_routes.plan(case.tokens, case.d, case.spec, 1).dense
-        check(case, "cpu", torch.float64)
-
-
-def test_placements_behind_a_sum_never_go_dense() -> None:
-    always = cpu_routes.routes()._replace(dense_below=math.inf)
-    assert not cpu_routes.plan(100, 16, tree(placement="tree"), 1, always).dense
-
-
-def test_dense_and_sparse_routes_save_the_same_state() -> None:
-    layer = Layer.of(CASES[0], torch.float64, "cpu")
-    arguments = (layer.x, layer.w_in, layer.b, layer.w_out, None, None, layer.case.spec)
-    for got, want in zip(cpu_dense.forward(*arguments), cpu.forward(*arguments), strict=True):
-        assert got.dtype == want.dtype
-        assert_close("state", got, want.double(), 1e-12)
-
-
-@pytest.mark.parametrize("text", ['{"version": 1}', '{"version": 2, "machine": "", "block": 1, "dense_below": 1}'])
-def test_a_table_of_routes_that_does_not_fit_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="expected version 1"):
-        cpu_routes.read(text)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ablate.config import Trial
-from ablate.model.decode import TreeStep
+from ablate.model.decode import tree_step
 from ablate.model.transformer import Transformer
 from ablate.model.tree import TreeFeedForward
 
@@ -130,4 +130,6 @@ def test_a_step_equals_the_layer(settings: dict[str, Any], dtype: torch.dtype) -
     layer.backend = "reference"
     expected = layer(x)
     layer.backend = "auto"
-    torch.testing.assert_close(TreeStep(layer)(x), expected, rtol=0, atol=3e-6 if dtype == torch.float32 else 1e-12)
+    step = tree_step(layer)
+    assert step is not None
+    torch.testing.assert_close(step(x), expected, rtol=0, atol=3e-6 if dtype == torch.float32 else 1e-12)

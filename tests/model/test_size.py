@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from ablate.config import PRESETS, ConfigError, Trial, parse
-from ablate.kernels.op import Backend
 from ablate.model.counts import count
 from ablate.model.size import Size, describe, on_meta, size, step_memory
 from ablate.model.transformer import Transformer
@@ -189,7 +188,7 @@ def test_the_size_of_the_billion_presets(name: str) -> None:
 
 def test_one_layer_of_the_billion_model_takes_a_step_on_both_routes() -> None:
     tree = preset("gpt-1.3b").tree
-    backends: tuple[Backend, ...] = ("auto", "reference")
+    backends: tuple[str, ...] = ("auto", "reference")
     results = []
     for backend in backends:
         layer = TreeFeedForward(2048, tree, backend=backend, generator=torch.Generator().manual_seed(0))

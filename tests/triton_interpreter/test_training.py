@@ -8,12 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ablate import config
-from ablate.kernels.op import Backend
 from ablate.model.transformer import Transformer
 from ablate.model.tree import TreeFeedForward
 
 
-def step(trial: config.Trial, backend: Backend) -> tuple[float, dict[str, Tensor], list[Tensor]]:
+def step(trial: config.Trial, backend: str) -> tuple[float, dict[str, Tensor], list[Tensor]]:
     """Loss, weights after one AdamW step, and leaves taken by each tree layer."""
     model = Transformer(trial, vocab_size=40)
     layers = [m for m in model.modules() if isinstance(m, TreeFeedForward)]

@@ -1,15 +1,13 @@
 """The tree layer on CPUs: host side. Cost follows the units on the path, never all units.
 
-Time O(N·K·(D + W)·d), memory beyond inputs and results O(N·K·(D + W) + N·d), but for trees so shallow that two dense
-products and a mask are faster (`cpu_dense`, by the shipped table of routes). float32 and float64; bfloat16 is computed
-in float32 and cast back. Where leaves are given, node responses are computed too, also with `node_output` off, as the
-reference does. Threads are torch's (`torch.get_num_threads`); by the sparse route results are bitwise the same
-for any number of them.
+Time O(N·K·(D + W)·d), memory beyond inputs and results O(N·K·(D + W) + N·d). float32 and float64; bfloat16 is computed in
+float32 and cast back. Where leaves are given, node responses are computed too, also with `node_output` off, as the
+reference does. Threads are torch's (`torch.get_num_threads`); results are bitwise the same for any number of them.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -17,14 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ablate.kernels.activations import phi, phi_slope
-from ablate.kernels.cpu import dense as cpu_dense
-from ablate.kernels.cpu import passes as kernels
-from ablate.kernels.cpu.pointwise import LINEAR, code
-from ablate.kernels.cpu.tasks import Plan, plan
-from ablate.kernels.cpu.threads import advise_huge_pages, run_on_threads
+from ablate.kernels.backend import Forward, Gradients
+from ablate.kernels.cpu import decode_step, passes
+from ablate.kernels.cpu.host import activation_table, empty, launch, plain
+from ablate.kernels.cpu.tasks import BLOCK, Tasks, cut
 from ablate.kernels.spec import TreeSpec
-
-Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 def forward(
@@ -35,16 +30,13 @@ def forward(
     thresholds: Tensor | None,
     leaves: Tensor | None,
     spec: TreeSpec,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y [N, d] in x's dtype, leaves int32 [N, K], responses [N, K, D + W] in float32 (float64 for float64)."""
+) -> Forward:
+    """Compute the layer; y is in x's dtype."""
     dtype = x.dtype
-    x, w_in, b, w_out = _plain(x), _plain(w_in), _plain(b), _plain(w_out)
-    how = plan(x.shape[0], x.shape[1], spec, torch.get_num_threads())
-    if how.dense:
-        y, leaves, z = cpu_dense.forward(x, w_in, b, w_out, thresholds, leaves, spec)
-        return y.to(dtype), leaves, z
+    x, w_in, b, w_out = plain(x), plain(w_in), plain(b), plain(w_out)
+    how = cut(x.shape[0], spec, torch.get_num_threads())
     z, leaves, order = _down(x, w_in, b, thresholds, leaves, spec, spec.path, how)
-    y = _empty(*x.shape, like=x)
+    y = empty(*x.shape, like=x)
     if spec.placement == "tree":
         y.zero_()
         part = torch.empty_like(y)
@@ -61,9 +53,9 @@ def forward(
 def route(
     x: Tensor, w_in: Tensor, b: Tensor | None, thresholds: Tensor | None, spec: TreeSpec
 ) -> tuple[Tensor, Tensor]:
-    """Leaves int32 [N, K] and node responses on the path [N, K, D]; outputs are not computed."""
-    x, w_in, b = _plain(x), _plain(w_in), _plain(b)
-    how = plan(x.shape[0], x.shape[1], spec, torch.get_num_threads())
+    """Return leaves int32 [N, K] and node responses on the path [N, K, D]; outputs are not computed."""
+    x, w_in, b = plain(x), plain(w_in), plain(b)
+    how = cut(x.shape[0], spec, torch.get_num_threads())
     z, leaves, _ = _down(x, w_in, b, thresholds, None, spec, spec.depth, how)
     return leaves, z
 
@@ -78,20 +70,37 @@ def backward(
     responses: Tensor,
     spec: TreeSpec,
     needs: tuple[bool, ...],
-) -> Grads:
-    """Gradients of x, w_in, b and w_out for the path that was taken, None where `needs` is False.
+) -> Gradients:
+    """Return the gradients of x, w_in, b and w_out for the path that was taken, None where `needs` is False.
 
     For the placements `tree` and `sum` the outputs' sums are computed again, one [N, d] at a time.
     """
     dtype = x.dtype
-    x, w_in, b, w_out, gy = _plain(x), _plain(w_in), _plain(b), _plain(w_out), _plain(gy)
+    x, w_in, b, w_out, gy = plain(x), plain(w_in), plain(b), plain(w_out), plain(gy)
     leaves = leaves.contiguous()
-    how = plan(x.shape[0], x.shape[1], spec, torch.get_num_threads())
-    if how.dense:
-        grads = cpu_dense.backward(gy, x, w_in, w_out, leaves, responses, spec, needs)
-    else:
-        grads = _backward(gy, x, w_in, w_out, leaves, responses, spec, needs, how)
+    how = cut(x.shape[0], spec, torch.get_num_threads())
+    grads = _backward(gy, x, w_in, w_out, leaves, responses, spec, needs, how)
     return tuple(g.to(dtype) if n else None for g, n in zip(grads, needs, strict=True))  # type: ignore[return-value]
+
+
+def decoder(
+    w_in: Tensor,
+    b: Tensor | None,
+    w_out: Tensor,
+    thresholds: Tensor | None,
+    router_w: Tensor | None,
+    router_b: Tensor | None,
+    spec: TreeSpec,
+) -> Callable[[Tensor], Tensor] | None:
+    """Return a function y [N, d] of x [N, d] for a few tokens; None for weights that are not float32 or float64."""
+    if w_in.dtype not in {torch.float32, torch.float64}:
+        return None
+    return decode_step.prepare(w_in, b, w_out, thresholds, router_w, router_b, spec)
+
+
+def version() -> str:
+    """Return the size of tasks: nothing else is chosen."""
+    return f"tasks of {BLOCK} tokens"
 
 
 def _backward(
@@ -103,11 +112,11 @@ def _backward(
     z: Tensor,
     spec: TreeSpec,
     needs: tuple[bool, ...],
-    how: Plan,
+    how: Tasks,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (n, d), trees = x.shape, spec.trees
     needs_in = needs[1] or needs[2]
-    gx = _empty(n, d, like=x) if needs[0] else x.new_empty(0, d)
+    gx = empty(n, d, like=x) if needs[0] else x.new_empty(0, d)
     gw_in = torch.empty_like(w_in) if needs_in else x.new_empty(0, 0, d)
     gb = torch.empty_like(w_in[..., 0]) if needs_in else x.new_empty(0, 0)
     gw_out = torch.empty_like(w_out) if needs[3] else w_out.new_empty(0, *w_out.shape[1:])
@@ -115,8 +124,8 @@ def _backward(
         gw_in[:, : spec.nodes] = 0
         gb[:, : spec.nodes] = 0
     starts, order = np.empty((trees, spec.leaves + 1), np.int64), np.empty((trees, n), np.int64)
-    _launch(kernels.sort, leaves, 0, trees, starts, order)
-    dz, acts, tail = torch.empty_like(z), _activations(spec), (spec.depth, spec.leaf_width)
+    launch(passes.sort, leaves, 0, trees, starts, order)
+    dz, acts, tail = torch.empty_like(z), activation_table(spec), (spec.depth, spec.leaf_width)
     partial = x.new_empty(trees, how.chunks, 2, spec.path, 2, d + 1)
     rows = np.empty((trees, how.chunks, 2, spec.path), np.int64)
     wants = (needs_in, needs[3])
@@ -129,16 +138,16 @@ def _backward(
         if needs[0] or needs_in:
             # Trees add to the same rows of gx, and their orders differ: one after another.
             for k in range(k0, k1):
-                _launch(
-                    kernels.back, gs, w_out, w_in, z, acts, leaves, order, dz, gx, k > 0, needs[0], k, k + 1,
+                launch(
+                    passes.back, gs, w_out, w_in, z, acts, leaves, order, dz, gx, k > 0, needs[0], k, k + 1,
                     *tail, how.range,
                 )  # fmt: skip
         if needs_in or needs[3]:
-            _launch(
-                kernels.gradients, x, gs, z, acts, dz, order, starts, gw_in, gb, gw_out, partial, rows,
+            launch(
+                passes.gradients, x, gs, z, acts, dz, order, starts, gw_in, gb, gw_out, partial, rows,
                 *wants, k0, k1, *tail,
             )  # fmt: skip
-            _launch(kernels.join, gw_in, gb, gw_out, partial, rows, *wants, k0, k1, *tail)
+            launch(passes.join, gw_in, gb, gw_out, partial, rows, *wants, k0, k1, *tail)
     return gx, gw_in, gb, gw_out
 
 
@@ -150,9 +159,9 @@ def _down(
     leaves: Tensor | None,
     spec: TreeSpec,
     width: int,
-    how: Plan,
+    how: Tasks,
 ) -> tuple[Tensor, Tensor, NDArray[np.int64]]:
-    """Responses [N, K, width], width D or D + W; leaves int32 [N, K]; tokens by leaf [K, N], within blocks."""
+    """Return responses [N, K, width], width D or D + W; leaves int32 [N, K]; tokens by leaf [K, N], within blocks."""
     n = x.shape[0]
     given = leaves is not None
     taken = x.new_empty((n, spec.trees), dtype=torch.int32) if leaves is None else leaves.int().contiguous()
@@ -160,8 +169,8 @@ def _down(
     order = np.empty((spec.trees, n), np.int64)
     none = x.new_empty(0, 0)
     t = none if thresholds is None else thresholds.to(x.dtype).contiguous()
-    _launch(
-        kernels.down, x, w_in, none if b is None else b, b is not None, t, thresholds is not None, taken, given, z,
+    launch(
+        passes.down, x, w_in, none if b is None else b, b is not None, t, thresholds is not None, taken, given, z,
         order, spec.depth, spec.leaf_width, how.block,
     )  # fmt: skip
     return z, taken, order
@@ -174,40 +183,11 @@ def _up(
     order: NDArray[np.int64],
     y: Tensor,
     spec: TreeSpec,
-    how: Plan,
+    how: Tasks,
     k0: int,
     k1: int,
 ) -> None:
     """Write into y [N, d] what the units on the paths in trees k0..k1 add up to, one tree after another."""
-    acts = _activations(spec)
+    acts = activation_table(spec)
     for k in range(k0, k1):
-        _launch(kernels.up, z, acts, w_out, leaves, order, y, k > k0, k, k + 1, spec.depth, spec.leaf_width, how.range)
-
-
-def _activations(spec: TreeSpec) -> NDArray[np.float64]:
-    """The kernels' table [2, 3] of what units do: nodes, then leaf units; linear where phi comes after the sum."""
-    if spec.placement != "unit":
-        return np.array([[LINEAR, 0.0, 1.0]] * 2)
-    node = code(spec.activation, spec.node_mirror, spec.node_gain)
-    return np.array([node, code(spec.activation, spec.mirror, spec.leaf_gain)])
-
-
-def _empty(rows: int, columns: int, *, like: Tensor) -> Tensor:
-    """An uninitialised [rows, columns]. Large ones ask for huge pages: faults of 4 KiB cost more than filling them."""
-    t = like.new_empty(rows, columns)
-    advise_huge_pages(t.data_ptr(), t.nbytes)
-    return t
-
-
-def _launch(kernel: Any, *arguments: Any) -> None:
-    """Run a kernel on torch's threads; tensors go in as NumPy views."""
-    views = [a.numpy() if isinstance(a, Tensor) else a for a in arguments]
-    counter = np.zeros(1, np.int64)
-    run_on_threads(lambda: kernel(counter, *views), torch.get_num_threads())
-
-
-def _plain(t: Any) -> Any:
-    """A contiguous tensor in the dtype computed in: float64 stays, anything else becomes float32."""
-    if t is None:
-        return None
-    return t.detach().to(torch.float64 if t.dtype == torch.float64 else torch.float32).contiguous()
+        launch(passes.up, z, acts, w_out, leaves, order, y, k > k0, k, k + 1, spec.depth, spec.leaf_width, how.range)

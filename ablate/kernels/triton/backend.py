@@ -15,10 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ablate.config import digest
+from ablate.kernels.backend import Forward, Gradients
 from ablate.kernels.spec import TreeSpec
 from ablate.kernels.triton import predict, tuned
 from ablate.kernels.triton.passes import INTERPRETED, Pass
-from ablate.kernels.triton.tiling import KERNELS, TILE_LEVELS, Config, DType, Plan, Route, configs, make_plan
+from ablate.kernels.triton.tiling import (
+    CONFIGS,
+    KERNELS,
+    TILE_LEVELS,
+    Config,
+    DType,
+    Plan,
+    Route,
+    configs,
+    make_plan,
+    shipped,
+)
 
 DTYPES: dict[torch.dtype, DType] = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 _log = logging.getLogger(__name__)
@@ -70,8 +83,8 @@ def forward(
     thresholds: Tensor | None,
     leaves: Tensor | None,
     spec: TreeSpec,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y [N, d] in x's dtype, leaves int32 [N, K], path responses fp32 [N, K, D + W]; arguments as `reference.forward`.
+) -> Forward:
+    """Compute the layer; y is in x's dtype, responses are fp32.
 
     x, w_in and w_out are all bf16 or all fp32, on one GPU. Given leaves must lie in [0, L); on a device that is not
     checked. Raises TypeError for other dtypes and RuntimeError for CPU tensors outside the interpreter.
@@ -105,8 +118,8 @@ def backward(
     responses: Tensor,
     spec: TreeSpec,
     needs: tuple[bool, ...],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, w_in, b and w_out (None where `needs` says so) from gy [N, d] and what `forward` returned."""
+) -> Gradients:
+    """Return the gradients of x, w_in, b and w_out (None where `needs` says so) from gy [N, d] and what `forward` returned."""
     d = x.shape[1]
     gy, x, w_in, w_out = _padded(gy.to(x.dtype)), _padded(x), _padded(w_in), _padded(w_out)
     this = _begin(x, w_in, spec, w_out)
@@ -114,6 +127,23 @@ def backward(
         gx, g_in, g_b, g_out = this.gradients(gy, x, w_in, b, w_out, leaves, responses.contiguous(), needs)
     gx, g_in, g_out = (None if g is None else g[..., :d].contiguous() for g in (gx, g_in, g_out))
     return gx, g_in, g_b, g_out
+
+
+def decoder(
+    w_in: Tensor,
+    b: Tensor | None,
+    w_out: Tensor,
+    thresholds: Tensor | None,
+    router_w: Tensor | None,
+    router_b: Tensor | None,
+    spec: TreeSpec,
+) -> None:
+    """Return None: a few tokens go through `forward`."""
+
+
+def version() -> str:
+    """Return the name and a digest of the shipped table of configurations."""
+    return f"{CONFIGS} {digest(shipped())}"
 
 
 def padded_width(d: int) -> int:

@@ -11,7 +11,7 @@ import functools
 import json
 from dataclasses import dataclass
 from importlib import resources
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ablate.kernels.spec import TreeSpec
 
@@ -20,6 +20,7 @@ DType = Literal["bf16", "fp32"]
 KERNELS = ("tile_dots", "leaf_dots", "row_dots", "spread", "spread_rows", "tile_wgrad", "fold", "activate", "path_grad")
 ROUTES: tuple[Route, ...] = ("tiles", "gather", "masked")
 
+CONFIGS = "configs.json"
 TILE_LEVELS = 6  # 63 nodes are one 64-wide matrix tile, and their signs one machine word
 MAX_LANES = 64
 # Flops through the matrix unit that take as long as one byte of second-level cache traffic, halved because products
@@ -157,7 +158,13 @@ def make_plan(
 
 
 @functools.cache
+def shipped() -> dict[str, Any]:
+    """Return the shipped table of configurations."""
+    table: dict[str, Any] = json.loads(resources.files("ablate.kernels.triton").joinpath(CONFIGS).read_text("utf-8"))
+    return table
+
+
+@functools.cache
 def configs(kernel: str, dtype: DType) -> tuple[Config, ...]:
     """Shipped configurations of a kernel, the default first; all compile without spills on sm_80, sm_90 and gfx942."""
-    table = json.loads(resources.files("ablate.kernels.triton").joinpath("configs.json").read_text())
-    return tuple(Config(*row) for row in table["configs"][kernel][dtype])
+    return tuple(Config(*row) for row in shipped()["configs"][kernel][dtype])
