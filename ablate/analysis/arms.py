@@ -13,6 +13,7 @@ DEAD_TARGET = 0.01
 RESTORED = 0.8
 PARTIAL = 0.5
 DIP = 0.05  # n_eff_frac below both ends by more than this counts as a transient collapse
+SEARCH_KINDS = ("search", "finalist")
 CONTROLS = {
     "dense_total": "dense, equal total units",
     "dense_active": "dense, equal active units",
@@ -44,14 +45,17 @@ COST = (
 )
 
 
-def outcomes(tables: Tables) -> pl.DataFrame:
+def outcomes(tables: Tables, *, finalists: bool = False) -> pl.DataFrame:
     """Arms and controls whose runs ended on their own, ready for analysis (intention to treat).
+
+    With `finalists`, a search's runs on fresh seeds as well; elsewhere they are left out, for a candidate's racing mean
+    and its mean on fresh seeds are two things.
 
     A diverged run stays: its bpb is the untrained model's (`bpb_start`), for that is what its user is left with; its
     balance is the last one measured; its answers are at chance (scores without a chance level stay unknown). Pruned and
     killed runs never reached the end and are left out (see `exclusions`).
     """
-    frame = tables.evaluation().filter(pl.col("status").is_in(["finished", "diverged"]))
+    frame = tables.evaluation(finalists=finalists).filter(pl.col("status").is_in(["finished", "diverged"]))
     lost = pl.col("status") == "diverged"
     last = [c for c in ("n_eff_frac", "dead_frac", "bits_lost", "collapse") if c in tables.history.columns]
     known = tables.history.sort("trial", "step").group_by("trial").agg(pl.col(c).drop_nulls().last() for c in last)
@@ -132,7 +136,7 @@ def labels(tables: Tables) -> dict[str, str]:
         if row["kind"] == "control":
             control, _, own = arm.partition(" ")
             out[arm] = ", ".join(filter(None, (CONTROLS.get(control, control), own.replace("=", " "))))
-        elif arm == "reference" or arm in tables.study.arms or row["kind"] == "search" or not factors:
+        elif arm == "reference" or arm in tables.study.arms or row["kind"] in SEARCH_KINDS or not factors:
             out[arm] = arm
         else:
             out[arm] = ", ".join(_level(f, row[FACTOR + f], text_levels) for f in factors)

@@ -20,8 +20,14 @@ def compare_tables(a: Tables, b: Tables) -> dict[str, Any]:
     Arms are shared where they have one label, questions where they name the same choice, reference and endpoint.
 
     Raises:
-        ConfigError: the two have neither an arm nor a question in common.
+        ConfigError: one is a search, or the two have neither an arm nor a question in common.
     """
+    for tables in (a, b):
+        if tables.study.design == "search":
+            raise ConfigError(
+                f"study {tables.name!r} is a search: its candidates' names mean nothing elsewhere; "
+                f"`ablate study promote {tables.name}` makes a study that can be compared"
+            )
     first, second = compute(a), compute(b)
     labels_a, labels_b = ({r["label"]: r["arm"] for r in f["arms"]} for f in (first, second))
     shared = [label for label in labels_a if label in labels_b]

@@ -13,6 +13,7 @@ from ablate.analysis.factors import analyse_factors
 from ablate.analysis.frames import Tables, canonical, load
 from ablate.analysis.mechanism import mechanism
 from ablate.analysis.pruning import pruning
+from ablate.analysis.search.story import story
 from ablate.analysis.verdicts import Comparison, Runs, findings, sentence
 from ablate.config import digest
 from ablate.files import write_text
@@ -82,6 +83,8 @@ def compute(tables: Tables) -> dict[str, Any]:
         what = "bpb without dead subtrees, against the whole model and against as many other units removed"
         families.append({"family": "pruning", "adjustment": "bh", "size": len(removal), "what": what, "alpha": ALPHA})
     reference = arms.reference_arm(tables)
+    searched = tables.study.design == "search"
+    whole, importance = story(tables, generator(f"{tables.name}/search")) if searched else ({}, [])
     return {
         "schema": SCHEMA,
         "study": tables.name,
@@ -101,9 +104,9 @@ def compute(tables: Tables) -> dict[str, Any]:
         "arms": summaries,
         "restored": sections.restored(tables, runs, frame, reference),
         "effects": {k: factors[k] for k in ("terms", "withheld", "left_out", "cells")},
-        "importance": sections.importance(tables, frame),
+        "importance": importance,
         "collapse": sections.collapse(runs, arms.order(tables)),
-        "pareto": sections.front(tables, frame, rng),
+        "pareto": None if searched else sections.front(tables, frame, rng),
         "learning_rates": sections.learning_rates(tables),
         "power": power,
         "mechanism": mechanism(tables, frame, found),
@@ -112,8 +115,18 @@ def compute(tables: Tables) -> dict[str, Any]:
         "recovered": recovered,
         "pruning": removal,
         "exclusions": arms.exclusions(tables),
-        "summary": summary(tables, found, summaries),
+        "summary": summary(tables, found, [] if searched else summaries) | best_candidates(whole),
+        **({"search": whole} if searched else {}),
     }
+
+
+def best_candidates(search: dict[str, Any]) -> dict[str, Any]:
+    """A search's first choice in the summary: its mean on fresh seeds where there is one; empty for other designs."""
+    first = next((c for c in search.get("candidates", []) if c["rank"] == 1), None)
+    if first is None:
+        return {}
+    measured = (first["fresh"] or first["racing"]).items()
+    return {"best_candidate": first["arm"], **{f"best_candidate_{o}": m["mean"] for o, m in measured}}
 
 
 def without_diverged(f: dict[str, Any], runs: Runs, finished: Runs) -> dict[str, Any] | None:

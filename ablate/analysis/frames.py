@@ -148,9 +148,9 @@ class Tables:
         """Trials of the arms that the factors span: named arms and controls left out."""
         return self.trials.filter((pl.col("kind") == "arm") & ~pl.col("arm").is_in([*self.study.arms]))
 
-    def evaluation(self) -> pl.DataFrame:
-        """Trials that answer the question: arms and controls, or a search's candidates; tuning is left out."""
-        return self.trials.filter(pl.col("kind").is_in(["arm", "control", "search"]))
+    def evaluation(self, *, finalists: bool = False) -> pl.DataFrame:
+        """Trials that answer the question: arms and controls, or a search's racing runs; tuning is left out."""
+        return self.trials.filter(pl.col("kind").is_in(["arm", "control", "search", *["finalist"] * finalists]))
 
 
 def load(name: str, root: Path) -> Tables:

@@ -12,8 +12,8 @@ import numpy as np
 import polars as pl
 
 from ablate.analysis import contrasts, pareto, power
-from ablate.analysis.arms import DEAD_TARGET, level_text
-from ablate.analysis.frames import FACTOR, Tables
+from ablate.analysis.arms import DEAD_TARGET
+from ablate.analysis.frames import Tables
 from ablate.analysis.verdicts import Runs
 from ablate.kernels.spec import is_identity
 
@@ -284,40 +284,4 @@ def deviations(tables: Tables) -> list[str]:
         out.append(
             f"Best learning rate at the edge of those tried, so not an interior optimum: {', '.join(map(str, edge))}."
         )
-    return out
-
-
-def importance(tables: Tables, frame: pl.DataFrame) -> list[dict[str, Any]]:
-    """For a search: rank correlation of each numeric factor, and eta squared of each other one, with both endpoints.
-
-    A search's trials are chosen, not randomised, and have one seed each: leads, not effects.
-    """
-    from scipy import stats
-
-    if tables.study.design != "search":
-        return []
-    out = []
-    for factor in tables.factors:
-        for endpoint in ("bpb", "n_eff_frac"):
-            rows = frame.filter(pl.col(endpoint).is_not_null() & pl.col(FACTOR + factor).is_not_null())
-            if rows.height < 8 or rows[FACTOR + factor].n_unique() < 2:
-                continue
-            y = rows[endpoint].to_numpy()
-            column = rows[FACTOR + factor]
-            if column.dtype.is_numeric():
-                found = stats.spearmanr(column.to_numpy(), y)
-                value, p, kind = float(found.statistic), float(found.pvalue), "spearman"
-            else:
-                texts = np.array([level_text(v) for v in column])
-                groups = [y[texts == t] for t in sorted(set(texts))]
-                h = stats.kruskal(*groups)
-                value, p, kind = (
-                    float(max(0.0, (h.statistic - len(groups) + 1) / (len(y) - len(groups)))),
-                    float(h.pvalue),
-                    "epsilon2",
-                )
-            out.append({"factor": factor, "endpoint": endpoint, "measure": kind, "value": value, "p": p, "n": len(y)})
-    if out:
-        for row, p in zip(out, contrasts.benjamini_hochberg([r["p"] for r in out]), strict=True):
-            row["p_adjusted"] = float(p)
     return out

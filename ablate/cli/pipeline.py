@@ -259,6 +259,19 @@ def study_status(name: Name, as_json: Json = False) -> None:
     table_of(f"Study {now.study} ({now.design})", ["", ""], rows + [["failed", failure] for failure in now.failures])
 
 
+@study_app.command("promote")
+@example("study promote search --top 3")
+def study_promote(
+    name: Name,
+    top: Annotated[int, typer.Option(min=1, help="Candidates that become arms.")] = 3,
+) -> None:
+    """Write studies/NAME-confirm.yaml: the best candidates of a search against its base, on seeds it never used."""
+    from ablate.analysis.search.promote import promote
+
+    path = promote(name, ROOT, top)
+    print(f"{path}: look at it, then run `ablate study plan {path}`")
+
+
 @app.command()
 @example("doctor --fix")
 def doctor(

@@ -23,7 +23,7 @@ from ablate.files import write_text
 from ablate.report import parts, style, summary
 from ablate.report.context import Context
 from ablate.report.parts import View
-from ablate.report.views import VIEWS
+from ablate.report.views import sections
 
 TEMPLATES = Path(__file__).parent / "templates"
 DATA = "data"
@@ -48,7 +48,7 @@ def build(name: str, root: Path, address: str | None = None) -> Path:
     findings = current_findings(name, root, tables.digests)
     with mpl.rc_context(style.RC):
         context = Context(tables, findings, address.rstrip("/") if address else None)
-        views = [view(context) for view in VIEWS]
+        views = sections(context)
         _empty(folder / "figures")
         _empty(folder / "tables")
         pictures = _figures(views, folder)
@@ -147,7 +147,7 @@ def _page(c: Context, views: list[View], pictures: dict[str, str]) -> str:
     environment.filters["prose"] = parts.prose
     plots: dict[str, Any] = {}
     widgets: dict[str, Any] = {}
-    sections = []
+    shown = []
     for view in (v for v in views if not v.empty):
         plots |= dict(view.plots)
         widgets |= dict(view.widgets)
@@ -161,7 +161,7 @@ def _page(c: Context, views: list[View], pictures: dict[str, str]) -> str:
             for name, caption, _ in view.figures
         ]
         tables = [Markup(parts.html_table(t, c.address)) for t in view.tables]
-        sections.append({"view": view, "figures": figures, "tables": tables, "widgets": [k for k, _ in view.widgets]})
+        shown.append({"view": view, "figures": figures, "tables": tables, "widgets": [k for k, _ in view.widgets]})
     scripts = [_plotly(), (TEMPLATES / "report.js").read_text(encoding="utf-8")]
     for script in scripts:
         if "</script" in script.lower() or "<!--" in script:
@@ -175,7 +175,7 @@ def _page(c: Context, views: list[View], pictures: dict[str, str]) -> str:
         title=c.findings["title"] or c.tables.name,
         study=c.tables.name,
         findings=c.findings,
-        sections=sections,
+        sections=shown,
         absent=[v for v in views if v.empty],
         policy=policy,
         css=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from ablate.analysis import arms
 from ablate.analysis.frames import Tables
-from ablate.report.style import Styles, assign
+from ablate.report.style import Styles, assign, assign_leading
 
+LEADING = 6  # candidates of a search with marks of their own
 PANELS = 16  # arms drawn as small multiples; the choice is named where there are more
 
 
@@ -68,7 +69,15 @@ class Context:
     @cached_property
     def styles(self) -> Styles:
         """Marks of all arms."""
+        if self.findings["design"] == "search":
+            return assign_leading(self.leading, self.order)
         return assign(self.tables, self.order, self.labels)
+
+    @cached_property
+    def leading(self) -> list[str]:
+        """The best candidates of a search, which have marks of their own in every figure; empty for other designs."""
+        ranked = [r for r in self.findings.get("search", {}).get("candidates", []) if r["rank"] is not None]
+        return [r["arm"] for r in ranked[:LEADING]]
 
     @cached_property
     def outcomes(self) -> pl.DataFrame:
@@ -92,7 +101,12 @@ class Context:
 
     @cached_property
     def shown(self) -> list[str]:
-        """Tree arms drawn one by one: all, or the reference, the named ones and an even choice over n_eff_frac."""
+        """Tree arms drawn one by one: all, or the reference, the named ones and an even choice over n_eff_frac.
+
+        Of a search, the best candidates.
+        """
+        if self.leading:
+            return [a for a in self.trees if a in self.leading]
         if len(self.trees) <= PANELS:
             return self.trees
         records = {a["arm"]: a for a in self.findings["arms"]}
@@ -107,6 +121,8 @@ class Context:
         """A sentence on which arms are drawn, empty where all are."""
         if len(self.shown) == len(self.trees):
             return ""
+        if self.leading:
+            return f"Drawn: the {len(self.shown)} best of {len(self.trees)} candidates; all of them are in the tables."
         return (
             f"Drawn: {len(self.shown)} of {len(self.trees)} arms (the reference, named arms and an even choice over "
             "n_eff_frac); all of them stand in the tables."

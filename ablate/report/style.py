@@ -177,6 +177,12 @@ def assign(tables: Tables, order: list[str], labels: dict[str, str]) -> Styles:
     return Styles(arms, legend)
 
 
+def assign_leading(leading: list[str], order: list[str]) -> Styles:
+    """Colours for the best candidates of a search, grey for all others."""
+    own = {a: ArmStyle(COLOURS[i % 8], i % 8, True) for i, a in enumerate(leading)}
+    return Styles({a: own.get(a, ArmStyle(MUTED, 0, False)) for a in order}, list(own.items()))
+
+
 def _levels(tables: Tables, factor: str, grid: list[str]) -> int:
     return len(_ordered(tables, factor, grid))
 

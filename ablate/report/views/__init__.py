@@ -1,4 +1,4 @@
-"""The sections of a report, one a file; VIEWS has them in the order a reader asks."""
+"""The sections of a report, one a file; VIEWS and SEARCH_VIEWS have them in the order a reader asks."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ from ablate.report.views.pareto import pareto
 from ablate.report.views.power import power
 from ablate.report.views.provenance import provenance
 from ablate.report.views.prune import prune_test
+from ablate.report.views.search.candidates import candidates
+from ablate.report.views.search.front import front
+from ablate.report.views.search.history import history
+from ablate.report.views.search.landscape import dependence, importances, maps
+from ablate.report.views.search.parallel import coordinates
 from ablate.report.views.skew import skew
 from ablate.report.views.trajectories import trajectories
 from ablate.report.views.trees import tree_drawing
@@ -46,3 +51,26 @@ VIEWS: list[Callable[[Context], View]] = [
     provenance,
 ]
 """In the order a reader asks."""
+
+SEARCH_VIEWS: list[Callable[[Context], View]] = [
+    candidates,
+    front,
+    history,
+    importances,
+    dependence,
+    maps,
+    coordinates,
+    balance_story,
+    usage_map,
+    tree_drawing,
+    trajectories,
+    losses,
+    cost,
+    provenance,
+]
+"""Those of a search, whose candidates were chosen one after the other and are compared in a study of their own."""
+
+
+def sections(c: Context) -> list[View]:
+    """Return the sections of a study's report; a search has sections of its own."""
+    return [view(c) for view in (SEARCH_VIEWS if c.findings["design"] == "search" else VIEWS)]

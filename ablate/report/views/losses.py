@@ -105,6 +105,14 @@ def _differences(c: Context, view: View, arms: list[str], means: pl.DataFrame) -
 
 def _rates(c: Context, view: View) -> None:
     records = [r for r in c.findings["learning_rates"] if r["best"] is not None]
+    if not records and c.findings["design"] == "search":
+        found = "train.lr" in c.tables.study.factors
+        view.reading.append(
+            "The learning rate was searched with the other settings."
+            if found
+            else "One learning rate for all candidates; a difference may be one of tuning. Give the search the factor `train.lr`."
+        )
+        return
     if not records:
         view.reading.append(
             "Learning rates were not tuned per arm; a difference may be one of tuning. Give the study a `tune:` section "

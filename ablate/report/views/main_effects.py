@@ -21,7 +21,6 @@ def main_effects(c: Context) -> View:
     effects = c.findings["effects"]
     if not effects["terms"]:
         view.missing = no_factors(c)
-        _importance_of_search(c, view)
         return view
     rows = [
         {
@@ -194,24 +193,4 @@ def _level_figure(c: Context, view: View) -> None:
             "Levels against their base level (marks as in the verdicts); simple effects where an interaction stands",
             figure,
         )
-    )
-
-
-def _importance_of_search(c: Context, view: View) -> None:
-    rows = c.findings["importance"]
-    if not rows:
-        return
-    view.missing = ""
-    head = cells(
-        factor="factor",
-        endpoint="endpoint",
-        measure="measure",
-        value=("strength", "+.3f"),
-        p_adjusted=("adjusted p", ".3g"),
-        n=("n", "d"),
-    )
-    view.tables.append(Table("importance", "Association of each setting with the outcome", head, rows))
-    view.reading.append(
-        "A search chooses its trials and runs each once, so these are leads, not effects: Spearman's correlation for numbers, "
-        "epsilon squared (Kruskal-Wallis) for the rest. Confirm candidates with a `confirm` study."
     )

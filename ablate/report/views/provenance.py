@@ -30,7 +30,8 @@ def provenance(c: Context) -> View:
         view.reading.append("Every run finished; none is excluded.")
     rows = [_run(c, r, factors) for r in c.tables.trials.iter_rows(named=True)]
     view.tables.append(Table("runs", "Every run", _run_columns(factors), rows, limit=100))
-    parallel(c, view, rows, factors)
+    if c.findings["design"] != "search":  # whose own section draws candidates, not runs
+        parallel(c, view, rows, factors)
     view.widgets.append(("runs", explorer(c, rows, factors)))
     view.reading += limitations(c)
     return view
@@ -122,7 +123,7 @@ def limitations(c: Context) -> list[str]:
         out.append(
             "Limitation: no dense controls of active and total size, so it is not known how much this task can tell."
         )
-    if not f["learning_rates"]:
+    if not f["learning_rates"] and "train.lr" not in c.tables.study.factors:
         out.append("Limitation: one learning rate for all arms.")
     models = {a["total_params"] for a in f["arms"] if a["total_params"] is not None}
     if models:

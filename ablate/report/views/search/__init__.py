@@ -1,0 +1,1 @@
+"""The sections that only the report of a search has, one a file."""
