@@ -165,6 +165,44 @@ def test_the_tables_of_arms_say_what_their_findings_say() -> None:
                 assert not restored[arm]["restored"]
 
 
+FRONT = [
+    ("confirm", "reference"),
+    ("confirm", "even mirror"),
+    ("confirm", "nodes only route"),
+    ("confirm", "frozen router"),
+    ("confirm", "shallow trees"),
+    ("restored", "combination"),
+    ("equal_active", "small combination"),
+    ("restored", "centred routing"),
+]
+"""Study and arm of each row of the README's table, in its order."""
+
+
+def test_the_table_of_the_readme_says_what_its_findings_say() -> None:
+    lines = (SHIPPED / "README.md").read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("| choice (study, seeds)"))
+    for line, (study, arm) in zip(lines[start + 2 :], FRONT, strict=False):
+        label, n_eff, dead, balance, cost = (cell.strip() for cell in line.strip("|").split("|"))
+        data = json.loads((SHIPPED / f"reports/{study}/findings.json").read_text(encoding="utf-8"))
+        mean = next(a for a in data["arms"] if a["arm"] == arm)
+        assert label.endswith(f"(`{study}`, {mean['n']})")
+        assert n_eff == f"{mean['n_eff_frac']['mean']:.2f}"
+        assert dead == f"{mean['dead_frac']['mean']:.1%}"
+        for endpoint, digits, text in (("n_eff_frac", 2, balance), ("bpb", 3, cost)):
+            if arm == "reference":
+                assert text == ""
+                continue
+            f = next(
+                f
+                for f in data["findings"]
+                if (f["arm"], f["reference"], f["endpoint"], f["family"]) == (arm, "reference", endpoint, "confirm")
+            )
+            effect, low, high = (f"{v:+.{digits}f}" for v in (f["effect"], *f["interval"]))
+            assert text == f"{effect} ({low} to {high})"
+            assert endpoint == "bpb" or f["verdict"] == "supported"
+    assert not lines[start + 2 + len(FRONT)].startswith("|")
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("name", published(SHIPPED))
 def test_the_published_reports_follow_from_their_tables(name: str, tmp_path: Path) -> None:
