@@ -18,6 +18,7 @@ class Corpus(Section):
     """Where text comes from and how it becomes tokens."""
 
     source: Literal["stdlib", "files", "hub"] = "stdlib"
+    """The standard library of the running Python, local files, or a data set of the Hugging Face Hub."""
     path: str | None = None
     """files: a directory, file or glob of .txt, .md, .py, .jsonl, .parquet."""
     preset: Literal["wikitext-2", "wikitext-103", "tinystories", "openwebtext", "fineweb-edu"] | None = None
@@ -25,20 +26,28 @@ class Corpus(Section):
     name: str | None = None
     """hub: the data set's name."""
     configuration: str | None = None
+    """hub: the data set's configuration."""
     split: str = "train"
+    """hub: which of its splits is read."""
     text_field: str = "text"
+    """hub, .jsonl and .parquet: the field that holds the text."""
     streaming: bool = False
     """hub: read the source as a stream while the corpus is prepared, instead of downloading it first."""
     stream: bool = False
     """hub, or files of .jsonl or .parquet: train from the source itself, which is never stored. The corpus that is prepared
     (the first max_documents) gives the tokenizer and the held-out slice."""
     max_documents: Positive | None = None
+    """Read only so many documents; all where not given."""
     tokenizer: Literal["bpe", "bytes", "file"] = "bpe"
+    """bpe: trained on the corpus; bytes: no training; file: a tokenizer.json."""
     tokenizer_file: str | None = None
+    """file: path of the tokenizer.json."""
     vocab_size: Annotated[int, Field(ge=257, le=2**31 - 1)] = 2048
     """bpe: entries, the 256 bytes and the end-of-document mark included."""
     validation_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
+    """Share of the documents that are held out for evaluation."""
     test_share: Annotated[float, Field(ge=0, lt=0.5)] = 0.02
+    """Share of the documents kept apart from training and from validation."""
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -69,19 +78,27 @@ class Tree(Section):
     node_output: bool = True
     """Whether nodes on the path contribute to the output (UltraFastBERT) or only route."""
     bias: bool = True
+    """Whether units have a bias."""
     activation: Activation = "gelu"
+    """The base function f."""
     mirror: Annotated[float, Field(ge=-1, le=1)] = 0.0
     """s in phi(z) = f(z) + s·f(-z): 0 the base, -1 odd (identity for GELU, ReLU, SiLU), +1 even."""
     node_mirror: Annotated[float, Field(ge=-1, le=1)] | None = None
     """s of node units apart from leaves; the mirror where not given."""
     gain: Literal["raw", "unit"] = "raw"
+    """unit: phi divided by the root of its mean square for z ~ N(0, 1)."""
     placement: Placement = "unit"
+    """Where phi is applied: to each unit, to each tree's sum, or to the sum over trees."""
     routing: Literal["sign", "centred"] = "sign"
+    """sign: thresholds stay at 0; centred: they follow each node's balance, without a loss term."""
     router_input: Literal["raw", "centred"] = "raw"
+    """centred: nodes decide by x minus its running mean over tokens."""
     router: Literal["tied", "frozen"] = "tied"
+    """tied: nodes decide by their learnt weights; frozen: by a copy of their initial ones."""
     node_backward: NodeBackward = "own"
     """Slope in the gradients of node w_in and b only: phi'(z), its mean with phi'(-z), phi'(-z), or f'(z) whatever the mirror."""
     init: Literal["uniform", "zero_bias", "orthogonal", "median_split"] = "uniform"
+    """Initialisation of the weights; see the glossary."""
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -118,9 +135,13 @@ class Dense(Section):
     width: Positive | None = None
     """Hidden units; 4 d_model where not given."""
     bias: bool = True
+    """Whether units have a bias."""
     activation: Activation = "gelu"
+    """The base function f."""
     mirror: Annotated[float, Field(ge=-1, le=1)] = 0.0
+    """s in phi(z) = f(z) + s·f(-z)."""
     gain: Literal["raw", "unit"] = "raw"
+    """unit: phi divided by the root of its mean square for z ~ N(0, 1)."""
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -133,17 +154,22 @@ class Mixture(Dense):
     """The top-1 mixture of experts, an outside reference: `width` and activation are each expert's."""
 
     experts: Annotated[int, Field(ge=2)] = 8
+    """How many experts a layer has."""
 
 
 class Model(Section):
     """A decoder-only transformer: pre-norm RMSNorm, rotary positions, tied embeddings."""
 
     d_model: Positive = 128
+    """Width: numbers in a token's vector."""
     blocks: Positive = 4
+    """Transformer blocks."""
     heads: Positive = 4
+    """Attention heads of a block."""
     context: Annotated[int, Field(ge=2)] = 256
     """Tokens a sequence."""
     feedforward: Literal["tree", "dense", "none", "moe"] = "tree"
+    """Which layer stands where a transformer has its MLP."""
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
@@ -156,20 +182,25 @@ class Train(Section):
     """One training run."""
 
     steps: Positive = 300
+    """Optimizer steps."""
     batch_size: Positive = 8
     """Sequences an optimizer step, over all micro-batches and devices."""
     accumulate: Positive = 1
     """Micro-batches an optimizer step is split into."""
     lr: Annotated[float, Field(gt=0, le=10)] = 3e-3
+    """Highest learning rate of the schedule."""
     schedule: Literal["cosine", "trapezoid"] = "cosine"
+    """Shape of the learning rate after warm-up."""
     warmup: Fraction = 0.05
     """Share of the steps that warm up; a trapezoid also decays over the last 0.2."""
     final_lr: Fraction = 0.1
     """Share of lr left at the end."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    """Of AdamW."""
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.1
     """Never on biases, norms and thresholds."""
     grad_clip: Annotated[float, Field(gt=0)] = 1.0
+    """Largest norm of the gradient."""
     node_lr_scale: Annotated[float, Field(gt=0, le=100)] = 1.0
     """Learning rate of node rows, as a multiple of lr."""
     tree_decay: Annotated[float, Field(ge=0, le=10)] | None = None
@@ -191,12 +222,15 @@ class Train(Section):
     eval_tokens: Positive = 65536
     """Held-out tokens of an evaluation, always the same ones."""
     checkpoint_every: Positive = 100
+    """Steps between checkpoints that an interrupted trial goes on from."""
     motion: bool = False
     """Record at every evaluation how far router and representation moved each node's response (motion.parquet)."""
     keep_checkpoint: bool = False
     """Keep the final weights (not the optimizer's state)."""
     devices: Positive = 1
+    """Devices one trial trains on."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """How several devices share a trial."""
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
