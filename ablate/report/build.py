@@ -185,19 +185,19 @@ def _page(c: Context, views: list[View], pictures: dict[str, str]) -> str:
 
 
 def _plotly() -> str:
-    """Plotly's bundle, in a form that may stand inside a script element."""
+    """Return plotly's bundle, in a form that is safe inside a script element."""
     text = (resources.files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
     return re.sub(r"</(script)", r"<\\/\1", text, flags=re.I).replace("<!--", r"\x3c!--")
 
 
 def _data(data: dict[str, Any]) -> str:
-    """A JSON block; no text in it can end the element or start a comment."""
+    """Return a JSON block: no text in it can end the element or start a comment."""
     compact = json.dumps(json.loads(canonical(data)), separators=(",", ":"), ensure_ascii=False)
     return f'<script type="application/json" id="data">{compact.replace("<", chr(92) + "u003c")}</script>'
 
 
 def themed(data: Any) -> Any:
-    """Plot specifications with the palette's colours as CSS variables, which the page resolves by theme."""
+    """Return plot specifications with the palette's colours as CSS variables, which the page resolves by theme."""
     if isinstance(data, dict):
         return {k: themed(v) for k, v in data.items()}
     if isinstance(data, list):

@@ -18,7 +18,7 @@ from ablate.report.style import DASHES, MARKERS, MUTED, PLOTLY_MARKERS, ArmStyle
 def panels(
     count: int, *, width: float = 2.35, height: float = 1.75, across: int = 4, share: Any = True
 ) -> tuple[Figure, list[Axes]]:
-    """A grid of `count` small multiples with shared axes."""
+    """Return a figure with a grid of `count` small multiples with shared axes."""
     columns = min(across, max(1, count))
     rows = math.ceil(count / columns)
     figure = new(max(width * columns, 4.6) + 0.4, height * rows + 0.55)
@@ -33,13 +33,13 @@ def panels(
 
 
 def wrap(text: str, width: int = 26, lines: int = 2) -> str:
-    """Text cut to a few short lines, for panel titles and ticks."""
+    """Return text cut to a few short lines, for panel titles and ticks."""
     parts = textwrap.wrap(text, width) or [""]
     return "\n".join(parts[:lines]) + ("…" if len(parts) > lines else "")
 
 
 def mark(style: ArmStyle) -> dict[str, Any]:
-    """Marker settings of an arm for `Axes.plot`."""
+    """Return an arm's marker settings for `Axes.plot`."""
     return {
         "marker": MARKERS[style.marker],
         "color": style.colour,
@@ -49,13 +49,13 @@ def mark(style: ArmStyle) -> dict[str, Any]:
 
 
 def plotly_mark(style: ArmStyle, size: int = 9) -> dict[str, Any]:
-    """Marker settings of an arm for plotly."""
+    """Return an arm's marker settings for plotly."""
     name = PLOTLY_MARKERS[style.marker] + ("" if style.filled else "-open")
     return {"symbol": name, "color": style.colour, "size": size, "line": {"width": 1.2 if not style.filled else 0}}
 
 
 def legend(figure: Figure, styles: Styles, *, lines: bool = False, columns: int = 4, controls: bool = True) -> None:
-    """The arms' marks, under the figure; without the controls where they are not drawn as marks."""
+    """Draw the arms' marks under the figure; without the controls where they are not drawn as marks."""
     dense = [] if controls else [s for arm, s in styles.arms.items() if arm == "moe" or arm.startswith("dense_")]
     handles = []
     for name, style in (entry for entry in styles.legend if entry[1] not in dense):
@@ -66,8 +66,9 @@ def legend(figure: Figure, styles: Styles, *, lines: bool = False, columns: int 
 
 
 def ellipse(x: Sequence[float], y: Sequence[float], points: int = 60) -> tuple[Any, Any] | None:
-    """95% confidence ellipse of a mean of paired seeds (Hotelling's T², n >= 5); None under five seeds or without
-    area.
+    """Return the 95% confidence ellipse of a mean of paired seeds (Hotelling's T²).
+
+    None under five seeds, or where the ellipse has no area.
     """
     from scipy import stats
 
@@ -85,29 +86,29 @@ def ellipse(x: Sequence[float], y: Sequence[float], points: int = 60) -> tuple[A
 
 
 def few_ticks(*axes: Axes, count: int = 5) -> None:
-    """At most `count` steps on the x axis, so that labels never touch."""
+    """Allow at most `count` ticks on the x axis, so that labels never touch."""
     for ax in axes:
         ax.locator_params(axis="x", nbins=count)
 
 
 def versus(name: str, other: str, width: int = 60) -> str:
-    """A comparison's tick label: broken before the second name where it is long."""
+    """Return a comparison's tick label: broken before the second name where it is long."""
     one = f"{name}  vs  {other}"
     return one if len(one) <= width else f"{wrap(name, width, 1)}\nvs {wrap(other, width, 1)}"
 
 
 def note(ax: Axes, text: str) -> None:
-    """A muted remark inside an axis."""
+    """Write a muted remark inside an axis."""
     ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", color=MUTED, fontsize=8)
 
 
 def zero(ax: Axes, *, vertical: bool = True) -> None:
-    """A line at zero."""
+    """Draw a line at zero."""
     (ax.axvline if vertical else ax.axhline)(0, color=MUTED, linewidth=0.9, zorder=1)
 
 
 def strip(ax: Axes) -> None:
-    """No grid and no frame, for heat maps and drawings."""
+    """Remove grid and frame, for heat maps and drawings."""
     ax.grid(False)
     for spine in ax.spines.values():
         spine.set_visible(False)
@@ -115,5 +116,5 @@ def strip(ax: Axes) -> None:
 
 
 def plain(text: str) -> str:
-    """A name for plotly, which reads a few tags and %{…} in labels: neither is left."""
+    """Return a name without the tags and %{…} that plotly would interpret in labels."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("%{", "% {")

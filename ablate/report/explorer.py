@@ -12,7 +12,7 @@ EXPLORED = 5000  # runs that the page's explorer holds
 
 
 def explorer(c: Context, rows: list[dict[str, Any]], factors: list[str]) -> dict[str, Any]:
-    """Runs by column for the page's explorer, with the settings that differ between any two of them."""
+    """Return runs by column for the page's explorer, with the settings that differ between any two of them."""
     kept = rows[:EXPLORED]
     settings = _varying(c.tables.trials["config"].to_list()[:EXPLORED])
     columns = ["trial", "arm", "kind", "seed", "status", "bpb", "n_eff_frac", "dead_frac"]
@@ -27,7 +27,7 @@ def explorer(c: Context, rows: list[dict[str, Any]], factors: list[str]) -> dict
 
 
 def _varying(configs: list[str | None]) -> dict[str, list[str]]:
-    """Flattened settings whose value differs between trials, as text."""
+    """Return flattened settings whose value differs between trials, as text."""
     flat = [_flatten(json.loads(t)) if t else {} for t in configs]
     keys = sorted({k for f in flat for k in f})
     out = {}

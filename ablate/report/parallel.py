@@ -14,8 +14,9 @@ from ablate.report.style import INK, MUTED, PAPER, RUNS_AS_LINES, new
 
 
 def parallel(c: Context, view: View, rows: list[dict[str, Any]], factors: list[str]) -> None:
-    """Parallel coordinates of factors, bpb and balance; a line a finished run (an even choice of 600 where there are
-    more).
+    """Draw parallel coordinates of factors, bpb and balance, a line for each finished run.
+
+    Of more than 600 runs, an even choice of 600 is drawn.
     """
     runs = [
         r
@@ -62,7 +63,7 @@ def parallel(c: Context, view: View, rows: list[dict[str, Any]], factors: list[s
 
 
 def _levels(ax: Axes, place: int, runs: list[dict[str, Any]], key: str) -> tuple[list[float], str, str]:
-    """Places of the runs' levels from 0 to 1, and what the axis says at its ends; few levels are named on the axis."""
+    """Return places of the runs' levels from 0 to 1, and what the axis says at its ends; few levels are named on the axis."""
     texts = [r[key] for r in runs]
     names = sorted(set(texts), key=_numeric)
     at = {name: i / max(1, len(names) - 1) for i, name in enumerate(names)}
@@ -75,7 +76,7 @@ def _levels(ax: Axes, place: int, runs: list[dict[str, Any]], key: str) -> tuple
 
 
 def _scale(runs: list[dict[str, Any]], key: str) -> tuple[list[float], str, str]:
-    """Places of the runs' values from 0 to 1, and the lowest and highest value as text."""
+    """Return places of the runs' values from 0 to 1, and the lowest and highest value as text."""
     values = np.array([np.nan if r[key] is None else r[key] for r in runs], dtype=float)
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
     return ((values - low) / max(high - low, 1e-12)).tolist(), f"{low:.3f}", f"{high:.3f}"

@@ -1,6 +1,4 @@
-"""What a report is made of: views and tables, and how a table becomes HTML, Markdown, LaTeX and CSV, all text
-escaped.
-"""
+"""What a report is made of: views, and tables as HTML, Markdown, LaTeX and CSV with all text escaped."""
 
 from __future__ import annotations
 
@@ -35,7 +33,7 @@ class Table:
     columns: list[Column]
     rows: list[dict[str, Any]]
     limit: int = 200
-    """Rows shown in the page; all stand in the files."""
+    """Rows shown in the page; the files have all."""
 
 
 @dataclass
@@ -66,7 +64,7 @@ class View:
 
 
 def text_of(value: Any, form: str) -> str:
-    """A cell as plain text."""
+    """Return a cell as plain text."""
     if value is None:
         return "–"
     if form == "runs":
@@ -79,7 +77,7 @@ def text_of(value: Any, form: str) -> str:
 
 
 def html_table(table: Table, address: str | None) -> str:
-    """An HTML table in a scrollable, focusable region; run ids are links where MLflow's address is known."""
+    """Return an HTML table in a scrollable, focusable region; run ids are links where MLflow's address is known."""
     head = "".join(
         f'<th scope="col"{_align(c)}{f" title={chr(34)}{escape(c.help)}{chr(34)}" if c.help else ""}>{escape(c.title)}</th>'
         for c in table.columns
@@ -118,7 +116,7 @@ def _html_cell(column: Column, value: Any, address: str | None, first: bool) -> 
 
 
 def run_links(ids: list[str], address: str | None) -> str:
-    """Short run ids as HTML, at most three, each linking to MLflow where its address is known."""
+    """Return short run ids as HTML, at most three, each linking to MLflow where its address is known."""
     shown = []
     for i in ids[:SHOWN_IDS]:
         short = f"<code>{escape(i[:8])}</code>"
@@ -129,18 +127,18 @@ def run_links(ids: list[str], address: str | None) -> str:
 
 
 def prose(text: str) -> Markup:
-    """A sentence as HTML, escaped, with `commands` in backticks as code."""
+    """Return a sentence as HTML, escaped, with `commands` in backticks as code."""
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text)))
 
 
 def markdown_prose(text: str) -> str:
-    """A sentence as Markdown, escaped, with `commands` in backticks as code spans."""
+    """Return a sentence as Markdown, escaped, with `commands` in backticks as code spans."""
     parts = re.split(r"`([^`]+)`", " ".join(text.split()))
     return "".join(f"`{p}`" if i % 2 else _escaped(p) for i, p in enumerate(parts))
 
 
 def markdown(text: str) -> str:
-    """Text with everything that Markdown or HTML would read as markup escaped."""
+    """Return text with everything that Markdown or HTML would read as markup escaped."""
     return _escaped(" ".join(text.split()))
 
 
@@ -149,7 +147,7 @@ def _escaped(text: str) -> str:
 
 
 def markdown_table(table: Table) -> str:
-    """A pipe table."""
+    """Return a Markdown table."""
     columns = table.columns
     lines = ["| " + " | ".join(markdown(c.title) for c in columns) + " |"]
     lines.append("|" + "|".join("---" if c.form in {"text", "runs"} else "---:" for c in columns) + "|")
@@ -170,12 +168,12 @@ _LATEX = {
 
 
 def latex(text: str) -> str:
-    """Text with LaTeX's special characters escaped."""
+    """Return text with LaTeX's special characters escaped."""
     return "".join(_LATEX.get(c, c) for c in " ".join(text.split()))
 
 
 def latex_table(table: Table) -> str:
-    """A booktabs tabular inside a table environment."""
+    """Return a booktabs tabular inside a table environment."""
     columns = [c for c in table.columns if c.form != "runs"]
     spec = "".join("l" if c.form == "text" else "r" for c in columns)
     rows = [
@@ -188,7 +186,7 @@ def latex_table(table: Table) -> str:
 
 
 def frame_of(table: Table) -> pl.DataFrame:
-    """All rows as a frame, lists joined by spaces."""
+    """Return all rows as a frame, lists joined by spaces."""
     data = {}
     for c in table.columns:
         values = [r.get(c.key) for r in table.rows]
@@ -206,7 +204,7 @@ def _flat(value: Any) -> str | None:
 
 
 def safe_csv(frame: pl.DataFrame) -> str:
-    """CSV in which no text cell starts a spreadsheet formula, floats at ten significant digits."""
+    """Return CSV in which no text cell starts a spreadsheet formula, floats at ten significant digits."""
     text = [c for c, dtype in frame.schema.items() if dtype == pl.String]
     starts = r"^[=+\-@\t\r]"
     guarded = [

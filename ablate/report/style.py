@@ -69,12 +69,12 @@ RUNS_AS_LINES = 300
 
 
 def new(width: float, height: float) -> Figure:
-    """An empty figure (inches) with constrained layout; draw inside `mpl.rc_context(RC)`."""
+    """Return an empty figure (inches) with constrained layout; draw inside `mpl.rc_context(RC)`."""
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def lay_out(figure: Figure) -> None:
-    """Place everything once; without this each form that is saved is laid out anew, which takes longer than drawing it."""
+    """Place everything once: otherwise each saved format repeats the layout, which takes longer than drawing."""
     engine = figure.get_layout_engine()
     if engine is not None:
         engine.execute(figure)
@@ -82,7 +82,7 @@ def lay_out(figure: Figure) -> None:
 
 
 def svg(figure: Figure) -> str:
-    """SVG text without date or creator, the same for the same figure; `dpi` is that of its pictures of many lines."""
+    """Return SVG text without date or creator, the same for the same figure; `dpi` is that of its pictures of many lines."""
     buffer = io.StringIO()
     with mpl.rc_context(RC):
         figure.savefig(buffer, format="svg", dpi=160, metadata={"Date": None, "Creator": None})
@@ -90,7 +90,7 @@ def svg(figure: Figure) -> str:
 
 
 def png(figure: Figure) -> bytes:
-    """PNG at 160 dots an inch without software metadata."""
+    """Return a PNG at 160 dots an inch without software metadata."""
     buffer = io.BytesIO()
     with mpl.rc_context(RC):
         figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
@@ -98,7 +98,7 @@ def png(figure: Figure) -> bytes:
 
 
 def inline(text: str, prefix: str, label: str) -> str:
-    """SVG text made fit to stand inside a page: own ids, theme colours as CSS variables, an accessible name.
+    """Return SVG text for use inside a page: own ids, theme colours as CSS variables, an accessible name.
 
     `label` must already be escaped for HTML.
     """
@@ -133,8 +133,9 @@ class Styles:
 
 
 def assign(tables: Tables, order: list[str], labels: dict[str, str]) -> Styles:
-    """Colour by the first factor, marker by the second, fill by the third; named arms and controls get marks of their
-    own.
+    """Return the mark of each arm: colour by the first factor, marker by the second, fill by the third.
+
+    Named arms and controls get marks of their own.
     """
     factors = tables.factors
     first = tables.trials.filter(pl.col("kind") != "tune").unique("arm", keep="first", maintain_order=True)

@@ -6,12 +6,12 @@ import polars as pl
 
 from ablate.report.context import Context
 
-LATE = 0.3  # of the training; before it every arm falls so steeply that none can be told from another
+LATE = 0.3  # of the training; before it all curves fall steeply and lie on each other
 EFFECTS = 30  # comparisons an endpoint has at most
 
 
 def frames(c: Context) -> dict[str, pl.DataFrame]:
-    """Tables by file name: bpb and balance over training (means over seeds), and effects with their intervals."""
+    """Return tables by file name: bpb and balance over training (means over seeds), and effects with their intervals."""
     return {"bpb": _curve(c, "bpb", LATE), "balance": _curve(c, "n_eff_frac"), "effects": _effects(c)}
 
 

@@ -10,7 +10,7 @@ from ablate.report.tables import columns, needs
 
 
 def balance_story(c: Context) -> View:
-    """Imbalance at birth, transient collapse and self-pruning told apart, an arm a row."""
+    """Show imbalance at birth, transient collapse and self-pruning, an arm a row."""
     view = View(
         "balance", "Imbalance at birth, transient collapse, self-pruning", "Where does imbalance come from, arm by arm?"
     )
@@ -37,14 +37,14 @@ def balance_story(c: Context) -> View:
         Table("balance_story", "Balance at birth, at its worst and at the end (means over seeds)", head, rows)
     )
     view.tables.append(_restored(c))
-    told = records if len(records) <= 20 else [a for a in records if a["arm"] in c.shown]
-    view.details = ["Arm by arm, in words", *(f"{a['label']}: {a['reading']}" for a in told)]
+    described = records if len(records) <= 20 else [a for a in records if a["arm"] in c.shown]
+    view.details = ["Arm by arm, in words", *(f"{a['label']}: {a['reading']}" for a in described)]
     view.reading = [overall(records), *([c.choice] if c.choice else [])]
     return view
 
 
 def _restored(c: Context) -> Table:
-    """Whether balance is restored, criterion by criterion, and at other thresholds."""
+    """Return whether balance is restored, criterion by criterion, and at other thresholds."""
     word = {True: "yes", False: "no", None: "not known"}
     rows = [
         {
@@ -76,7 +76,7 @@ def _restored(c: Context) -> Table:
 
 
 def overall(records: list[dict[str, Any]]) -> str:
-    """One sentence over all arms."""
+    """Return one sentence over all arms."""
     n = len(records)
     counts = {
         s: sum(s in a["signs"] for a in records) for s in ("born_imbalanced", "dips", "self_prunes", "ends_balanced")

@@ -16,7 +16,7 @@ ROWS = 40  # arms and controls drawn
 
 
 def controls(c: Context) -> View:
-    """Every arm and control side by side, and what each arm keeps of what a full dense layer gains."""
+    """Show every arm and control side by side, and the share of a full dense layer's gain that each arm keeps."""
     view = View(
         "controls",
         "Tree against its controls",
@@ -76,7 +76,7 @@ def _figure(c: Context, view: View) -> None:
 
 
 def cannot_tell(record: dict[str, Any]) -> bool:
-    """Whether the gap is too small for this task to tell layers apart."""
+    """Return whether the gap is too small for this task to separate layers."""
     return any("cannot tell" in reason for reason in record["reasons"])
 
 
@@ -151,9 +151,9 @@ def _questions(c: Context, view: View) -> None:
     rows.sort(key=lambda r: (r["task"], r["shots"], r["metric"]))
     view.tables.append(Table("questions", "Question answering at the end of the trials", head, rows))
     above = [r for r in rows if r["chance"] is not None and r["error"] and r["mean"] > r["chance"] + 2 * r["error"]]
-    told = sorted({str(r["arm"]) for r in above})
+    better = sorted({str(r["arm"]) for r in above})
     view.reading.append(
-        f"Above chance by two standard errors on some task: {', '.join(told)}."
-        if told
+        f"Above chance by two standard errors on some task: {', '.join(better)}."
+        if better
         else "No arm answers better than chance by two standard errors."
     )

@@ -14,7 +14,7 @@ from ablate.report.tables import absent, columns
 
 
 def flips(c: Context) -> View:
-    """How many tokens still change their leaf, and agreement with the end beyond chance."""
+    """Show how many tokens still change their leaf, and agreement with the end beyond chance."""
     view = View("flips", "Flips and saturation of routing", "Does routing settle, and when?")
     history = c.history.filter(pl.col("arm").is_in(c.shown))
     if not history["flip_rate"].count() and not history["saturation"].count():
@@ -58,7 +58,7 @@ def flips(c: Context) -> View:
 
 
 def _settled(c: Context, history: pl.DataFrame) -> Table:
-    """Flips at the end, and how much of the first routing is left."""
+    """Return flips at the end, and how much of the first routing is left."""
     ids = dict(c.tables.trials.select("trial", "run_id").iter_rows())
     rows = []
     for arm in c.shown:

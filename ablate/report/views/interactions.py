@@ -17,7 +17,7 @@ DARK, LIGHT = "#101014", "#fefefe"  # on a heat map's own colours, whatever the 
 
 
 def interactions(c: Context) -> View:
-    """Strength of each pair, and the cell means behind it."""
+    """Show the strength of each pair, and the cell means behind it."""
     view = View("interactions", "Interactions", "Which choices only work together, or undo each other?")
     effects = c.findings["effects"]
     pairs = [t for t in effects["terms"] if len(t["term"]) == 2]

@@ -14,7 +14,7 @@ from ablate.report.tables import needs
 
 
 def levels(c: Context) -> View:
-    """Entropy that each tree level loses."""
+    """Show the entropy that each tree level loses."""
     view = View("levels", "Entropy lost per tree level", "Is balance lost near the root or near the leaves?")
     view.missing = needs(c, "usage")
     if view.missing:

@@ -16,7 +16,7 @@ from ablate.report.wording import ENDPOINT, cap, no_factors, short
 
 
 def main_effects(c: Context) -> View:
-    """Effect of each factor's levels, and partial omega squared of each term."""
+    """Show the effect of each factor's levels, and partial omega squared of each term."""
     view = View("effects", "Main effects and importance", "Which single choice matters, for balance and for quality?")
     effects = c.findings["effects"]
     if not effects["terms"]:

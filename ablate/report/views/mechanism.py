@@ -16,7 +16,7 @@ PUSHES = {"router_fuller": "the router", "drift_fuller": "drift"}
 
 
 def mechanism(c: Context) -> View:
-    """Dead leaves and direction over training, and pushes towards the fuller side, by arm."""
+    """Show dead leaves and direction over training, and pushes towards the fuller side, by arm."""
     view = View(
         "mechanism",
         "Does pruning follow the backward pass?",

@@ -178,7 +178,7 @@ def _dots(group: pl.DataFrame, label: str, style: ArmStyle, dots: bool, named: b
 def _controls(c: Context) -> dict[str, float]:
     out = {}
     for a in c.findings["arms"]:
-        # Those in an arm's own activation stand in the section on controls.
+        # Those in an arm's own activation are in the section on controls.
         if a["kind"] == "control" and a["bpb"] and " " not in a["arm"]:
             out[a["label"]] = a["bpb"]["mean"]
     return out

@@ -15,7 +15,7 @@ DOTS = 24  # arms in the seed panel
 
 
 def power(c: Context) -> View:
-    """Seeds as dots, probability of collapse, what the design could have seen, the A/A test."""
+    """Show seeds as dots, probability of collapse, what the design could have seen, the A/A test."""
     view = View("power", "Seeds and power", "How noisy is this, and what size of effect could it have missed?")
     view.missing = needs(c, "bpb")
     if view.missing:
@@ -37,7 +37,7 @@ def power(c: Context) -> View:
 
 
 def _seeds(c: Context, view: View) -> None:
-    """Every seed a dot, by arm."""
+    """Draw every seed as a dot, by arm."""
     frame = c.finished
     present = set(frame["arm"])
     arms = [a for a in c.order if a in present]

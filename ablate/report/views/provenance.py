@@ -109,7 +109,7 @@ def _versions(trials: pl.DataFrame) -> list[str]:
 
 
 def limitations(c: Context) -> list[str]:
-    """What a careful reader must keep in mind, from the study itself."""
+    """Return what a careful reader must keep in mind, from the study itself."""
     f = c.findings
     out = []
     if f["design"] != "confirm":

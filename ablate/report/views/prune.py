@@ -21,7 +21,7 @@ METHODS = {
 
 
 def prune_test(c: Context) -> View:
-    """What removing units costs: dead subtrees against random units and small weights."""
+    """Show what removing units costs: dead subtrees against random units and small weights."""
     view = View("prune", "Prune test", "Can dead subtrees be removed for nothing, and is that more than chance?")
     prune, name = c.tables.prune, c.tables.name
     if prune is None or prune.is_empty():
@@ -84,7 +84,7 @@ def prune_test(c: Context) -> View:
 
 
 def _prune_verdicts(c: Context) -> Table:
-    """The claims behind the prune test, as findings.json has them."""
+    """Return the claims behind the prune test, as findings.json has them."""
     rows = [
         {
             **{

@@ -16,7 +16,7 @@ from ablate.report.tables import absent, columns
 
 
 def skew(c: Context) -> View:
-    """Gradient skew of nodes against the nominal asymmetry of the arm's activation, and against router offset."""
+    """Show gradient skew of nodes against the nominal asymmetry of the arm's activation, and against router offset."""
     view = View(
         "skew",
         "Gradient skew against activation asymmetry",
@@ -71,7 +71,7 @@ def skew(c: Context) -> View:
 
 
 def _asymmetry(c: Context, arm: str) -> float | None:
-    """Nominal G of an arm's nodes where it is tabulated (mirror 0, or an odd or even curve); None in between."""
+    """Return nominal G of an arm's nodes where it is tabulated (mirror 0, or an odd or even curve); None in between."""
     config = next(iter(c.tables.trials.filter(pl.col("arm") == arm)["config"].drop_nulls()), None)
     tree = (json.loads(config).get("tree") or {}) if config else {}
     s = tree.get("mirror", 0.0) if tree.get("node_mirror") is None else tree["node_mirror"]

@@ -14,7 +14,7 @@ from ablate.report.tables import needs
 
 
 def trajectories(c: Context) -> View:
-    """n_eff_frac and dead leaves over training, every seed a line."""
+    """Show n_eff_frac and dead leaves over training, every seed a line."""
     view = View(
         "trajectories",
         "Dead leaves and effective leaves over training",

@@ -20,7 +20,7 @@ DRAWN_LEVELS = 6  # of a tree; deeper levels are folded into their ancestors
 
 
 def tree_drawing(c: Context) -> View:
-    """The least balanced tree of each arm, edges by traffic and nodes by gradient skew."""
+    """Draw the least balanced tree of each arm, edges by traffic and nodes by gradient skew."""
     view = View(
         "tree",
         "Trees by traffic and gradient skew",
@@ -120,7 +120,7 @@ def _place(n: int, levels: int) -> tuple[float, float]:
 
 
 def _tree_data(u: Usage) -> dict[str, Any]:
-    """Shares of all trees' drawn levels and their skews as bytes, for the page's own drawing: last step only."""
+    """Return shares of all trees' drawn levels and their skews as bytes, for the page's own drawing: last step only."""
     size = 2 ** (min(u.depth, DRAWN_LEVELS) + 1) - 1
     counts = np.concatenate([u.nodes[-1], u.leaves[-1]], axis=-1)[..., :size].astype(float)
     share = np.sqrt(counts / np.maximum(counts[..., :1], 1))

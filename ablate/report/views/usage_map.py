@@ -18,7 +18,7 @@ FLOOR = -6.0  # log2 of load against an even load, as drawn
 
 
 def usage_map(c: Context) -> View:
-    """Load of every leaf against an even load, layer by leaf."""
+    """Show the load of every leaf against an even load, layer by leaf."""
     view = View("usage", "Where tokens go: layer by leaf", "Which leaves carry the load, in which layer?")
     view.missing = needs(c, "usage")
     if view.missing:
@@ -78,7 +78,7 @@ def usage_map(c: Context) -> View:
 
 
 def log_load(counts: Any) -> Any:
-    """log2 of each leaf's load against an even load; -20 where no token came. Counts [..., L]."""
+    """Return log2 of each leaf's load against an even load; -20 where no token came. Counts [..., L]."""
     total = counts.sum(-1, keepdims=True)
     with np.errstate(divide="ignore", invalid="ignore"):
         load = np.log2(counts * counts.shape[-1] / total)
@@ -86,7 +86,7 @@ def log_load(counts: Any) -> Any:
 
 
 def usage_data(c: Context, shown: list[str]) -> dict[str, Any]:
-    """Loads of every evaluation as bytes, for the slider: 0 no token, else 1 + 254 steps of log2 load from -8 to 8."""
+    """Return loads of every evaluation as bytes, for the slider: 0 no token, else 1 + 254 steps of log2 load from -8 to 8."""
     out: dict[str, Any] = {"arms": []}
     for arm in shown:
         u = c.usage[arm]

@@ -17,7 +17,7 @@ FOREST = 14  # rows an endpoint has in the forest plot
 
 
 def verdicts(c: Context) -> View:
-    """Every comparison with its effect, interval, adjusted p, n and verdict."""
+    """Show every comparison with its effect, interval, adjusted p, n and verdict."""
     view = View("verdicts", "Verdicts", "What does this study show, what does it rule out, and what can it not tell?")
     found = c.findings["findings"]
     if not found:
