@@ -200,9 +200,9 @@ def study_plan(
     workers: Annotated[int, typer.Option(min=1, help="Local processes that the prediction is for.")] = 2,
     as_json: Json = False,
 ) -> None:
-    """Show arms, trials, units, FLOPs and the predicted wall time (from a 20-step probe) of a study, and run nothing."""
+    """Show arms or a search's space, trials and the predicted wall time (from a 20-step probe), and run nothing."""
     from ablate.model.counts import count
-    from ablate.study.status import forecast
+    from ablate.study.forecast import forecast
 
     found = forecast(load_study(file), ROOT, workers=workers)
     rows = []
@@ -226,15 +226,20 @@ def study_plan(
         "plan_hash": found.plan.hash,
         "notes": found.plan.notes,
         "arms": rows,
+        "space": [dict(zip(("factor", "values", "where"), row, strict=True)) for row in found.space],
     }
     if as_json:
         print(json.dumps(whole))
         return
-    cells = [
-        [str(r["arm"]), *(f"{v:,.0f}" if isinstance(v, int | float) else "-" for v in list(r.values())[1:])]
-        for r in rows
-    ]
-    table_of(f"Plan {found.plan.hash}", ["arm", "trials", "units", "active", "FLOPs a token", "seconds a trial"], cells)
+    if found.space:
+        table_of(f"Search {found.plan.hash}", ["factor", "values", "where"], [list(row) for row in found.space])
+    else:
+        cells = [
+            [str(r["arm"]), *(f"{v:,.0f}" if isinstance(v, int | float) else "-" for v in list(r.values())[1:])]
+            for r in rows
+        ]
+        columns = ["arm", "trials", "units", "active", "FLOPs a token", "seconds a trial"]
+        table_of(f"Plan {found.plan.hash}", columns, cells)
     for note in found.plan.notes:
         print(note)
     print(f"{found.trials} trials to do, {found.tokens:,} training tokens, about {found.seconds / 60:.1f} minutes")
@@ -254,8 +259,10 @@ def study_status(name: Name, as_json: Json = False) -> None:
     rows.append(["running", "yes" if now.running else "no"])
     if now.seconds_left is not None:
         rows.append(["time left", f"about {now.seconds_left / 60:.1f} minutes"])
-    if now.best is not None:
-        rows.append(["best", f"{now.best.bpb:.4f} bpb, {now.best.arm}, seed {now.best.seed} ({now.best.trial})"])
+    if now.candidates is not None:
+        rows.append(["candidates", str(now.candidates)])
+    rows += [["best", str(leader)] for leader in now.best]
+    rows.append(["Optuna", now.storage])
     table_of(f"Study {now.study} ({now.design})", ["", ""], rows + [["failed", failure] for failure in now.failures])
 
 

@@ -2,9 +2,10 @@
 
 from ablate.config.presets import PRESETS, Preset
 from ablate.config.reading import load_study
+from ablate.config.search import Finalists, Sampler
 from ablate.config.section import ConfigError, Section, digest, parse
 from ablate.config.settings import Corpus, Dense, Mixture, Model, Questions, Train, Tree, Trial
-from ablate.config.study import Budget, Contrast, Factor, Levels, Scalar, Study, Tune
+from ablate.config.study import Budget, Contrast, Factor, Levels, Scalar, Study, Tune, check_field, integer_field
 
 __all__ = [
     "PRESETS",
@@ -14,11 +15,13 @@ __all__ = [
     "Corpus",
     "Dense",
     "Factor",
+    "Finalists",
     "Levels",
     "Mixture",
     "Model",
     "Preset",
     "Questions",
+    "Sampler",
     "Scalar",
     "Section",
     "Study",
@@ -26,7 +29,9 @@ __all__ = [
     "Tree",
     "Trial",
     "Tune",
+    "check_field",
     "digest",
+    "integer_field",
     "load_study",
     "parse",
 ]

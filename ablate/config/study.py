@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from ablate.config.presets import PRESETS, Preset
+from ablate.config.search import Finalists, Sampler
 from ablate.config.section import ConfigError, Section, parse
 from ablate.config.settings import Dense, Finite, Mixture, Model, Positive, Train, Tree, Trial
 
@@ -73,6 +74,10 @@ class Budget(Section):
     hours: Annotated[float, Field(gt=0)] | None = None
 
 
+# Settings that no other design takes, added after the first plans were published.
+SEARCH_ONLY = ("sampler", "race", "finalists", "enqueue", "warm_start")
+
+
 class Study(Section):
     """One study file."""
 
@@ -99,7 +104,19 @@ class Study(Section):
     tune: Tune | None = None
     objectives: Annotated[list[Literal["bpb", "n_eff_frac", "dead_frac", "bits_lost"]], Field(min_length=1)] = ["bpb"]
     pruner: Literal["halving", "median"] | None = None
+    """`search` with one objective: end a candidate's first run early where it lags behind others at the same step."""
     budget: Budget = Budget()
+    sampler: Sampler = Sampler()
+    """`search`: its name is enough."""
+    race: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
+    """`search`: level of the one-sided test that ends a candidate before it has had all seeds; 0 gives every candidate
+    all of them."""
+    finalists: Finalists = Finalists()
+    """`search` only."""
+    enqueue: list[dict[str, Scalar]] = []
+    """`search`: candidates that are tried first, each with a level for every factor."""
+    warm_start: str | None = None
+    """`search`: an earlier search of the same factors, shown to the sampler before the first candidate."""
     margin: Annotated[float, Field(gt=0)] = 0.01
     """bpb within which two arms are held to be equal."""
     min_effect_n_eff: Annotated[float, Field(gt=0)] = 0.05
@@ -107,10 +124,12 @@ class Study(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _short_factors(cls, data: Any) -> Any:
+    def _short(cls, data: Any) -> Any:
         if isinstance(data, dict) and isinstance(data.get("factors"), dict):
             short = {k: {"levels": v} if isinstance(v, list) else v for k, v in data["factors"].items()}
             data = {**data, "factors": short}
+        if isinstance(data, dict) and isinstance(data.get("sampler"), str):
+            data = {**data, "sampler": {"name": data["sampler"]}}
         return data
 
     @model_validator(mode="after")
@@ -127,6 +146,7 @@ class Study(Section):
             raise ValueError(f"tune.seeds is {self.tune.seeds}: they must differ from seeds = {self.seeds}")
         if self.design == "search" and not (self.budget.trials or self.budget.tokens or self.budget.hours):
             raise ValueError("budget is missing: design 'search' needs budget.trials, budget.tokens or budget.hours")
+        self._search()
         if self.design in {"search", "factorial", "one_at_a_time"} and not self.factors:
             raise ValueError(f"factors is missing: design {self.design!r} needs at least one")
         if self.design != "search":
@@ -142,6 +162,40 @@ class Study(Section):
         self.trial({})
         return self
 
+    def _search(self) -> None:
+        """Check what only a search has."""
+        if self.design != "search":
+            for name in SEARCH_ONLY:
+                if getattr(self, name) != Study.model_fields[name].get_default(call_default_factory=True):
+                    raise ValueError(f"{name}: only design 'search' has it, not {self.design!r}")
+            return
+        if set(self.finalist_seeds) & set(self.seeds):
+            raise ValueError(f"finalists.seeds is {self.finalist_seeds}: they must differ from seeds = {self.seeds}")
+
+    @property
+    def finalist_seeds(self) -> list[int]:
+        """Seeds on which the finalists of a search run."""
+        if not self.finalists.count:
+            return []
+        first = max(self.seeds) + 1
+        return list(self.finalists.seeds) or list(range(first, first + len(self.seeds)))
+
+    @property
+    def racing_trials(self) -> int:
+        """Training runs that a search's budget leaves for racing, when its finalists have theirs."""
+        return (self.budget.trials or 0) - self.finalists.count * len(self.finalist_seeds)
+
+    def settled(self) -> dict[str, Any]:
+        """Return all that decides the outcome, as plain data for hashes.
+
+        What only a search has is left out at its default, so that hashes of plans stay as published.
+        """
+        kept = self.model_dump(mode="json", exclude={"title", "notes"})
+        if self.design != "search":
+            for name in SEARCH_ONLY:
+                del kept[name]
+        return kept
+
     def trial(self, changes: dict[str, Any], *, seed: int = 0) -> Trial:
         """The complete configuration of the base with dotted changes; both seeds are `seed`. Raises ConfigError."""
         merged: dict[str, Any] = {k: dict(v) for k, v in PRESETS[self.preset].items()}
@@ -155,12 +209,35 @@ class Study(Section):
         return parse(Trial, {**merged, "init_seed": seed, "data_seed": seed}, where="base")
 
 
+def _sections() -> dict[str, type[Section]]:
+    return {"tree": Tree, "model": Model, "dense": Dense, "moe": Mixture, "train": Train}
+
+
 def _field(key: str) -> tuple[str, str]:
-    """Section and field of a dotted factor name; raises ConfigError with the names that exist."""
+    """Return section and field of a dotted factor name; raises ConfigError with the names that exist."""
     section, _, field = key.partition(".")
-    sections: dict[str, type[Section]] = {"tree": Tree, "model": Model, "dense": Dense, "moe": Mixture, "train": Train}
+    sections = _sections()
     if section not in sections:
         raise ConfigError(f"factor {key!r} is unknown: it starts with one of {', '.join(s + '.' for s in sections)}")
     if field not in sections[section].model_fields:
         raise ConfigError(f"factor {key!r} is unknown: {section} has {', '.join(sections[section].model_fields)}")
     return section, field
+
+
+def check_field(key: str, value: Any) -> None:
+    """Check a value for one dotted field, without the rest of its section; raises ConfigError."""
+    section, field = _field(key)
+    info = _sections()[section].model_fields[field]
+    annotation: Any = Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
+    try:
+        TypeAdapter(annotation).validate_python(value)
+    except ValidationError as error:
+        message = error.errors()[0]["msg"]
+        raise ConfigError(f"factors.{key} is {value!r}: {message[0].lower()}{message[1:]}") from None
+
+
+def integer_field(key: str) -> bool:
+    """Return whether a dotted field takes whole numbers only."""
+    section, field = _field(key)
+    annotation = _sections()[section].model_fields[field].annotation
+    return annotation is int or (int in get_args(annotation) and float not in get_args(annotation))

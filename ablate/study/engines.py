@@ -8,13 +8,17 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from ablate.study.worker import Event, Job, work
+from optuna.exceptions import StorageInternalError
+
+from ablate.study.job import Event, Job
+from ablate.study.worker import work
 from ablate.training.lifeline import die_with
 
 THREAD_VARIABLES = (
@@ -62,7 +66,7 @@ class LocalEngine:
             process = self._context.Process(
                 target=_main, args=(job, name, slot, sender, os.getpid(), log), name=f"ablate-worker-{slot}"
             )
-            with _environment(dict.fromkeys(THREAD_VARIABLES, str(job.threads))):
+            with environment(dict.fromkeys(THREAD_VARIABLES, str(job.threads))):
                 process.start()
             sender.close()
             self._processes[name], self._pipes[name] = process, receiver
@@ -115,13 +119,25 @@ class LocalEngine:
                 os.kill(process.pid, number)
 
 
+def first_line(error: BaseException) -> str:
+    """Return an error's message as one line."""
+    return next(iter(str(error).splitlines()), "") or "no message"
+
+
+def where(error: BaseException) -> str:
+    """Return the last place in this package that an error passed through, `study/worker.py:42`."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if f"{os.sep}ablate{os.sep}" in frame.filename] or frames[-1:]
+    return f"{'/'.join(Path(ours[-1].filename).parts[-2:])}:{ours[-1].lineno}" if ours else "?"
+
+
 def host() -> str:
     """This machine's name, as it stands in worker names."""
     return os.uname().nodename.replace(":", "_")
 
 
 @contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
+def environment(values: dict[str, str]) -> Iterator[None]:
     """Environment variables that a child process is to find before it imports anything."""
     before = {key: os.environ.get(key) for key in values}
     os.environ.update(values)
@@ -150,7 +166,15 @@ def _main(job: Job, name: str, slot: int, pipe: Connection, parent: int, log: Pa
         except BrokenPipeError:
             stop.set()
 
-    work(job, name, report, stop.is_set)
+    try:
+        work(job, name, report, stop.is_set)
+    except StorageInternalError as error:
+        report(Event(worker=name, kind="lost", message=f"Optuna's database did not answer: {first_line(error)}"))
+        raise
+    except Exception as error:
+        # No trial was running: what broke here breaks in every worker, so that the study stops at the first.
+        report(Event(worker=name, kind="fatal", message=f"{where(error)}: {type(error).__name__}: {first_line(error)}"))
+        raise
 
 
 def _redirect(log: Path) -> None:

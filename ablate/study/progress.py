@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -11,7 +12,10 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ablate.study.worker import Event
+from ablate.config import Study
+from ablate.study.designs import Plan
+from ablate.study.job import Event
+from ablate.study.leaders import leaders
 
 
 def duration(seconds: float) -> str:
@@ -24,15 +28,17 @@ def duration(seconds: float) -> str:
 
 
 class Display:
-    """Shows what each worker does, how far the study is, and when it will be done."""
+    """Shows what each worker does, how far the study is, the best so far, and when it will be done."""
 
-    def __init__(self, name: str, total: int, done: int, workers: int, console: Console | None = None) -> None:
+    def __init__(self, study: Study, workers: int, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
         self.workers = workers
+        self._objectives = tuple(study.objectives)
         self._now: dict[str, Event] = {}
         self._finished: list[float] = []
-        self._best: tuple[float, str] | None = None
+        self._scores: dict[str, dict[int, Sequence[float]]] = {}
         self._failures = 0
+        self._total = self._done = 0
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -41,8 +47,7 @@ class Display:
             TextColumn("{task.fields[eta]}"),
             console=self.console,
         )
-        self._task: TaskID = self._progress.add_task(name, total=total or None, completed=done, eta="")
-        self._total, self._done = total, done
+        self._task: TaskID = self._progress.add_task(study.name, total=None, eta="")
         self._live = Live(self._render(), console=self.console, refresh_per_second=4, transient=False)
         self._shown = 0.0
 
@@ -58,17 +63,26 @@ class Display:
             self._live.update(self._render(), refresh=True)
             self._live.stop()
 
-    def grow(self, total: int) -> None:
-        """The study has more trials now (learning rates were chosen)."""
-        self._total = total
-        self._progress.update(self._task, total=total or None)
+    def start(self, plan: Plan, done: int, known: Mapping[str, Mapping[int, Sequence[float]]] | None = None) -> None:
+        """Show a phase of a study.
+
+        Args:
+            plan: what is to run.
+            done: trials that have a result.
+            known: the objectives' values of those trials, by arm and seed.
+        """
+        self._total, self._done = plan.total, done
+        self._scores = {arm: dict(values) for arm, values in (known or {}).items()}
+        self._progress.update(self._task, total=plan.total or None, completed=done)
+        if done and not self.console.is_terminal:
+            self.say(f"[{done}{self._of()}] done before{self._best_text(', ')}")
 
     def say(self, text: str) -> None:
-        """A line above the table."""
+        """Print a line above the table."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def tell(self, event: Event) -> None:
-        """News from a worker."""
+        """Show what happened in a worker."""
         if event.kind in {"started", "stepped"}:
             self._now[event.worker] = event
         else:
@@ -77,24 +91,39 @@ class Display:
         if event.kind == "finished":
             self._done += 1
             self._finished.append(event.seconds)
-            if event.bpb is not None and (self._best is None or event.bpb < self._best[0]):
-                self._best = (event.bpb, event.arm)
+            if event.values is not None and event.status == "finished":
+                self._scores.setdefault(event.arm, {})[event.seed] = event.values
             self._progress.update(self._task, completed=self._done, eta=self._eta())
             if not self.console.is_terminal:
-                bpb = f"{event.bpb:.4f} bpb" if event.bpb is not None else "no bpb"
-                of = f"/{self._total}" if self._total else ""
+                text = self._text(event.values) if event.values is not None else "no result"
                 self.say(
-                    f"[{self._done}{of}] {label}: {event.status}, {bpb}, {duration(event.seconds)}{self._eta(', ')}"
+                    f"[{self._done}{self._of()}] {label}: {event.status}, {text}, {duration(event.seconds)}"
+                    f"{self._eta(', ')}{self._best_text('; ')}"
                 )
             elif event.status == "diverged":
                 self.say(f"{label}: diverged")
-        elif event.kind in {"failed", "retried", "fatal"}:
+        elif event.kind in {"failed", "retried", "lost", "fatal"}:
             self._failures += event.kind == "failed"
-            what = {"failed": "failed", "retried": "failed, will be tried again", "fatal": "stopped"}[event.kind]
-            self.say(f"{label}: {what}: {event.message}")
+            what = {
+                "failed": "failed",
+                "retried": "failed, will be tried again",
+                "lost": "a worker ended",
+                "fatal": "stopped",
+            }[event.kind]
+            self.say(f"{label}: {what}: {event.message}" if event.arm else f"{what}: {event.message}")
         if self.console.is_terminal and time.monotonic() - self._shown > 0.2:
             self._shown = time.monotonic()
             self._live.update(self._render())
+
+    def _best_text(self, before: str = "") -> str:
+        found = leaders(self._objectives, self._scores)
+        return f"{before}best {', '.join(map(str, found))}" if found else ""
+
+    def _text(self, values: Sequence[float]) -> str:
+        return ", ".join(f"{name} {value:.4f}" for name, value in zip(self._objectives, values, strict=True))
+
+    def _of(self) -> str:
+        return f"/{self._total}" if self._total else ""
 
     def _eta(self, before: str = "") -> str:
         left = self._total - self._done
@@ -110,8 +139,8 @@ class Display:
         for event in self._now.values():
             step = f"{event.step}/{event.total}" if event.step else "starting"
             table.add_row(event.arm, str(event.seed), step)
-        if self._best:
-            table.caption = f"best so far {self._best[0]:.4f} bpb, {self._best[1]}"
+        if text := self._best_text():
+            table.caption = text
         if self._failures:
             table.caption = f"{table.caption or ''} · {self._failures} failed"
         return Group(self._progress, table)

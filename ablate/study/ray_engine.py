@@ -18,7 +18,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ablate.config import ConfigError
 from ablate.study.engines import host
-from ablate.study.worker import Event, Job, work
+from ablate.study.job import Event, Job
+from ablate.study.worker import work
 
 LOOK_SECONDS = 1.0
 

@@ -221,7 +221,9 @@ def tree_means(table: Path) -> dict[str, float]:
     return {name: float(value) for name, value in means.items() if value is not None}
 
 
-def plan_document(plan: Plan, tuned: dict[str, Any] | None = None) -> dict[str, Any]:
+def plan_document(
+    plan: Plan, tuned: dict[str, Any] | None = None, search: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """The plan as plain data for plan.json."""
     study = plan.study
     return {
@@ -230,7 +232,7 @@ def plan_document(plan: Plan, tuned: dict[str, Any] | None = None) -> dict[str, 
         "design": study.design,
         "hash": plan.hash,
         "space": plan.space,
-        "study_hash": digest(study.model_dump(mode="json")),
+        "study_hash": digest({"title": study.title, "notes": study.notes, **study.settled()}),
         "seeds": study.seeds,
         "objectives": study.objectives,
         "notes": list(plan.notes),
@@ -251,10 +253,13 @@ def plan_document(plan: Plan, tuned: dict[str, Any] | None = None) -> dict[str, 
         ],
         "waiting_for_tune": plan.waiting_for_tune,
         "tuned": tuned or {},
+        **({"search": {"budget": study.budget.model_dump(), **(search or {})}} if study.design == "search" else {}),
     }
 
 
-def save_plan(layout: Layout, plan: Plan, tuned: dict[str, Any] | None = None) -> None:
+def save_plan(
+    layout: Layout, plan: Plan, tuned: dict[str, Any] | None = None, search: dict[str, Any] | None = None
+) -> None:
     """Write plan.json, before the first trial.
 
     Raises:
@@ -266,7 +271,7 @@ def save_plan(layout: Layout, plan: Plan, tuned: dict[str, Any] | None = None) -
             f"plan hash is {plan.hash}: study {plan.study.name!r} was fixed as {old.get('hash')} before its first "
             f"trial, and a confirm plan may not change; restore the file or start a study with another name"
         )
-    text = json.dumps(plan_document(plan, tuned), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(plan_document(plan, tuned, search), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     if not layout.plan.exists() or layout.plan.read_text(encoding="utf-8") != text:
         write_text(layout.plan, text)
 

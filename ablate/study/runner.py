@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -17,12 +17,15 @@ from optuna.exceptions import StorageInternalError
 
 from ablate.config import ConfigError, Study
 from ablate.files import leftovers
+from ablate.study.address import default_storage, shown
+from ablate.study.candidates import Candidates
 from ablate.study.designs import Plan, choose_rate, expand
 from ablate.study.engines import LocalEngine, host
+from ablate.study.job import Event, Job, Run, disk_full
 from ablate.study.progress import Display
-from ablate.study.queue import Queue, default_storage, open_storage
+from ablate.study.queue import Queue
 from ablate.study.records import Layout, Record, Tracker, load_plan, load_record, save_plan
-from ablate.study.worker import Event, Job, Run, disk_full
+from ablate.study.storage import open_storage
 
 # So many workers in a row that end without having touched a trial, and starting more of them is no use.
 MAX_FALSE_STARTS = 3
@@ -101,11 +104,13 @@ def run_study(
     layout = Layout(root, study.name)
     engine = engine or LocalEngine(workers)
     expand(study)
-    with _alone(layout), _Signals() as signals:
+    display = display or Display(study, engine.workers)
+    with _alone(layout), _Signals() as signals, display:
         for partial in leftovers(layout.results):
             partial.unlink(missing_ok=True)
         card = None
         if run is None:
+            display.say("preparing the corpus")
             card = _data_card(study, data_root or root / "data")
             _set_aside(layout, card)
         job = Job(
@@ -117,8 +122,14 @@ def run_study(
             run=run,
             threads=engine.threads,
         )
-        queue = Queue(job.plan, open_storage(job.storage))
+        queue = _queue(job)
+        queue.describe()
+        display.say(f"Optuna: {shown(job.storage)}, study {job.plan.storage_name}")
+        display.say(
+            f"  optuna-dashboard {shown(job.storage)!r}   shows it while it runs (pip install optuna-dashboard)"
+        )
         if tracker:
+            display.say("opening MLflow")
             tracker.start_study(job.plan, layout, card)
         outcome = _Session(job, engine, queue, signals, display).run()
         if tracker:
@@ -127,11 +138,19 @@ def run_study(
         return outcome
 
 
+def _queue(job: Job) -> Queue:
+    storage = open_storage(job.storage)
+    return Candidates(job.plan, storage, job.layout) if job.plan.racing else Queue(job.plan, storage)
+
+
 def _plan(study: Study, layout: Layout) -> Plan:
     """The plan as far as it is known, written to plan.json."""
     rates, tuned = learning_rates(study, layout)
     plan = expand(study, rates)
-    save_plan(layout, plan, tuned)
+    before = load_plan(layout)
+    # A search's file also says what its candidates were; it is written again when the race is over.
+    if not (plan.racing and before and before.get("hash") == plan.hash):
+        save_plan(layout, plan, tuned)
     return plan
 
 
@@ -162,37 +181,35 @@ def learning_rates(study: Study, layout: Layout) -> tuple[dict[str, float], dict
 class _Session:
     """One run of a study, from its queue to the end of its last worker."""
 
-    def __init__(self, job: Job, engine: Engine, queue: Queue, signals: _Signals, display: Display | None) -> None:
+    def __init__(self, job: Job, engine: Engine, queue: Queue, signals: _Signals, display: Display) -> None:
         self.job, self.engine, self.queue, self.signals = job, engine, queue, signals
-        self.layout = job.layout
-        self.display = display or Display(job.plan.study.name, job.plan.total, self._done(), engine.workers)
+        self.layout, self.display = job.layout, display
         self.failed: list[str] = []
         self.message = ""
         self._stopping = 0
         self._false_starts = 0
 
     def run(self) -> Outcome:
-        with self.display:
-            try:
-                while not self._ended():
-                    waiting = self.queue.reconcile(self.layout.done(), self._record, host())
-                    if waiting or self._open_ended():
-                        self._workers()
-                    if self._ended() or not self._next_phase():
-                        break
-            except (OSError, StorageInternalError) as error:
-                if not disk_full(error):
-                    raise
-                self.message = f"no space left on the device: {error}"
-            finally:
-                self._abandon()
+        try:
+            while not self._ended():
+                self.display.start(self.job.plan, self._done(), self.queue.known())
+                if self.queue.reconcile(self.layout.done(), self._record, host()):
+                    self._workers()
+                if self._ended() or not self._next_phase():
+                    break
+        except (OSError, StorageInternalError) as error:
+            if not disk_full(error):
+                raise
+            self.message = f"no space left on the device: {error}"
+        finally:
+            self._abandon()
         total = self.job.plan.total or self._done()
         return Outcome(self._done(), total, self.failed, self.signals.received, self.message)
 
     def _workers(self) -> None:
         """Keep workers running until no trial waits, however many of them die."""
-        wanted = self.engine.workers if self._open_ended() else self.queue.waiting()
-        self.engine.ensure(self.job, wanted)
+        self.display.say(f"starting {min(self.engine.workers, self.queue.demand())} workers")
+        self.engine.ensure(self.job, self.queue.demand())
         while self.engine.alive:
             for event in self.engine.poll(0.2):
                 self._hear(event)
@@ -224,8 +241,8 @@ class _Session:
                 self.failed.append(f"trial {trial}: its worker died three times")
         if self._false_starts >= MAX_FALSE_STARTS:
             self.message = f"workers end before they start a trial; see {self.layout.state / 'logs'}"
-        if not self._ended() and (waiting := self.queue.waiting()):
-            self.engine.ensure(self.job, waiting)
+        if not self._ended() and (demand := self.queue.demand()):
+            self.engine.ensure(self.job, demand)
 
     def _stop(self) -> None:
         """Ask the workers to end, once; a second signal ends them at once."""
@@ -247,41 +264,38 @@ class _Session:
             self.engine.reap()
 
     def _next_phase(self) -> bool:
-        """Whether there is more to do: evaluation trials whose learning rates are known now."""
-        if self.job.plan.study.tune is None:
+        """Whether there is more to do: trials whose learning rates, or finalists that are known now."""
+        study, before = self.job.plan.study, len(self.job.plan.trials)
+        if isinstance(self.queue, Candidates):
+            plan = expand(study, finalists=self.queue.finalists())
+            save_plan(self.layout, plan, search=self.queue.summary())
+            if self.queue.exhausted:
+                self.display.say(f"all {len(self.queue.board.arms())} candidates of the space have been tried")
+            if plan.trials:
+                self.display.say(f"racing is over; the best {study.finalists.count} run on fresh seeds")
+        elif study.tune is not None:
+            plan = _plan(study, self.layout)
+        else:
             return False
-        before = len(self.job.plan.trials)
-        plan = _plan(self.job.plan.study, self.layout)
-        self.job = _with_plan(self.job, plan)
-        self.queue = Queue(plan, self.queue.storage)
-        return len(plan.trials) > before
+        if len(plan.trials) == before:
+            return False
+        self.job = replace(self.job, plan=plan)
+        self.queue = _queue(self.job)
+        self.queue.describe()
+        return True
 
     def _ended(self) -> bool:
         return self.signals.received is not None or bool(self.message)
 
-    def _open_ended(self) -> bool:
-        return self.job.plan.study.design == "search" and self.job.plan.study.budget.trials is None
-
     def _done(self) -> int:
         done = self.layout.done()
-        if self.job.plan.study.design != "search":
-            return sum(t.hash in done for t in self.job.plan.trials)
-        return sum(self._record(name).space == self.job.plan.space for name in done)
+        plan = self.job.plan
+        if plan.study.design != "search":
+            return sum(t.hash in done for t in plan.trials)
+        return sum(self._record(name).space == plan.space for name in done)
 
     def _record(self, trial: str) -> Record:
         return load_record(self.layout.record(trial))
-
-
-def _with_plan(job: Job, plan: Plan) -> Job:
-    return Job(
-        plan=plan,
-        root=job.root,
-        data_root=job.data_root,
-        storage=job.storage,
-        tracker=job.tracker,
-        run=job.run,
-        threads=job.threads,
-    )
 
 
 def _data_card(study: Study, data_root: Path) -> dict[str, Any]:

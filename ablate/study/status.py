@@ -1,26 +1,20 @@
-"""How a study stands, from its results and databases, without running anything: `ablate study status` and `plan`."""
+"""How far a study is, from its results and databases, without running anything: `ablate study status`."""
 
 from __future__ import annotations
 
 import json
 import os
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
 from filelock import FileLock, Timeout
 from pydantic import BaseModel
 
-from ablate.config import ConfigError, Study, Trial
-from ablate.study.designs import Plan, expand
+from ablate.config import ConfigError
+from ablate.study.address import default_storage, shown
+from ablate.study.leaders import Leader, leaders
 from ablate.study.records import Layout, load_plan, load_record
-from ablate.training.result import Evaluation
-
-PROBE_STEPS = 20
-# Of a worker process until its first trial trains: imports of torch, Lightning, Optuna and MLflow.
-START_SECONDS = 8.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +25,10 @@ class Finished:
     arm: str
     seed: int
     status: str
-    bpb: float | None
+    kind: str
+    space: str
+    values: dict[str, float]
+    """What it reached, by endpoint; empty where it diverged."""
     seconds: float
     at: float
     """When its result was written, seconds since the epoch."""
@@ -52,8 +49,12 @@ class StudyStatus:
     """Whether a process holds the study's lock."""
     seconds_left: float | None
     """Estimated from the pace of the last 50 trials; None where it is not running or unknown."""
-    best: Finished | None
-    """Lowest bpb."""
+    best: list[Leader]
+    """The leading arm on each objective, by its mean over seeds; finalists only, once there are any."""
+    candidates: int | None
+    """Candidates of a search so far; None for other designs."""
+    storage: str
+    """Optuna's database and the study's name in it, without a password."""
     failures: list[str]
     """Latest errors of trials that have no result, `arm, seed: message`."""
 
@@ -66,13 +67,14 @@ def status(name: str, root: Path, storage: str | None = None) -> StudyStatus:
         raise ConfigError(f"study {name!r} was never started: run `ablate study run studies/{name}.yaml`")
     planned = {t["trial"] for t in plan["trials"]}
     search = plan["design"] == "search"
-    finished = [f for f in _index(layout) if search or f.trial in planned]
+    finished = [f for f in _index(layout) if (f.space == plan["space"] if search else f.trial in planned)]
     by_status: dict[str, int] = {}
     for one in finished:
         by_status[one.status] = by_status.get(one.status, 0) + 1
-    scored = [f for f in finished if f.bpb is not None]
-    total = 0 if search else len(planned) + plan["waiting_for_tune"]
+    total = (plan["search"]["budget"]["trials"] or 0) if search else len(planned) + plan["waiting_for_tune"]
     running = is_live(layout)
+    storage = storage or default_storage(root)
+    study = f"{name}-{plan['space']}"
     return StudyStatus(
         study=name,
         design=plan["design"],
@@ -81,80 +83,37 @@ def status(name: str, root: Path, storage: str | None = None) -> StudyStatus:
         by_status=by_status,
         running=running,
         seconds_left=_left(finished, total) if running else None,
-        best=min(scored, key=lambda f: f.bpb or 0.0, default=None),
+        best=_best(plan["objectives"], finished),
+        candidates=len({f.arm for f in finished if f.kind == "search"}) if search else None,
+        storage=f"{shown(storage)}, study {study}",
         # Where every planned trial has its result there is nothing to ask the database for.
-        failures=_failures(f"{name}-{plan['space']}", storage, root, {f.trial for f in finished})
-        if search or len(finished) < total
-        else [],
+        failures=_failures(study, storage, {f.trial for f in finished}) if search or len(finished) < total else [],
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Forecast:
-    """What a study will cost, before it runs."""
-
-    plan: Plan
-    seconds: float
-    """Predicted wall time of what is not done yet."""
-    trials: int
-    """Trials that are not done yet."""
-    tokens: int
-    """Training tokens of those trials."""
-    seconds_by_arm: dict[str, float]
-    """Predicted seconds of one trial of each arm, with all workers busy."""
-
-
-def forecast(study: Study, root: Path, *, workers: int = 1, data_root: Path | None = None) -> Forecast:
-    """Predict the wall time from a 20-step probe of each distinct shape, run as the workers would run it.
-
-    Nothing that it trains is kept. Raises ConfigError like `run_study`.
-    """
-    from ablate.study.probe import measure
-
-    plan = expand(study)
-    done = Layout(root, study.name).done()
-    if study.design == "search":
-        left = max(0, (study.budget.trials or 0) - len(done))
-        trials = [study.trial({})] * left
-        arms = ["candidate"] * left
-    else:
-        open_trials = [t for t in plan.trials if t.hash not in done]
-        trials, arms = [t.trial for t in open_trials], [t.arm for t in open_trials]
-        if study.tune:
-            trials += [study.trial(dict(a.changes)) for a in plan.arms for _ in study.seeds]
-            arms += [a.label for a in plan.arms for _ in study.seeds]
-    costs = measure(_shapes(trials), root=root, data_root=data_root or root / "data", workers=workers)
-    each = [costs[_shape(trial)] for trial in trials]
-    seconds = sum(c.seconds(t) for c, t in zip(each, trials, strict=True)) / workers
-    by_arm = {arm: c.seconds(t) for arm, c, t in zip(arms, each, trials, strict=True)}
-    return Forecast(
-        plan=plan,
-        seconds=seconds + (START_SECONDS if trials else 0.0),
-        trials=len(trials),
-        tokens=sum(t.tokens for t in trials),
-        seconds_by_arm=by_arm,
-    )
+def _best(objectives: list[str], finished: list[Finished]) -> list[Leader]:
+    """Return the leaders, of finalists where there are any: racing means of the best look better than they are."""
+    kinds = {f.kind for f in finished}
+    kind = "finalist" if "finalist" in kinds else "search" if "search" in kinds else ""
+    values: dict[str, dict[int, list[float]]] = {}
+    for one in finished:
+        if one.status == "finished" and one.kind not in {"tune", "control"} and one.kind == (kind or one.kind):
+            numbers = [one.values.get(name) for name in objectives]
+            known = [v for v in numbers if v is not None]
+            if len(known) == len(numbers):
+                values.setdefault(one.arm, {})[one.seed] = known
+    return leaders(objectives, values)
 
 
-def _shape(trial: Trial) -> str:
-    """What decides a step's time; seeds, learning rates and lengths do not."""
-    train = trial.train.model_dump(
-        mode="json",
-        include={"batch_size", "accumulate", "precision", "backend", "eval_tokens", "decay_rows", "devices"},
-    )
-    rest = trial.model_dump(mode="json", include={"corpus", "model", "tree", "dense", "moe"})
-    return json.dumps([train, rest], sort_keys=True)
-
-
-def _shapes(trials: Iterable[Trial]) -> dict[str, Trial]:
-    shapes: dict[str, Trial] = {}
-    for trial in trials:
-        shapes.setdefault(_shape(trial), trial)
-    return shapes
+class _Balance(BaseModel):
+    n_eff_frac: float | None = None
+    dead_frac: float | None = None
+    bits_lost: float | None = None
 
 
 class _Scored(BaseModel):
     bpb: float | None
+    balance: _Balance = _Balance()
 
 
 class _Shown(BaseModel):
@@ -163,8 +122,16 @@ class _Shown(BaseModel):
     arm: str
     seed: int
     status: str
+    kind: str
+    space: str
     seconds: float
     history: list[_Scored]
+
+    def values(self) -> dict[str, float]:
+        """Return the last evaluation's endpoints."""
+        last = self.history[-1]
+        numbers = {"bpb": last.bpb, **last.balance.model_dump()}
+        return {name: value for name, value in numbers.items() if value is not None}
 
 
 def _index(layout: Layout) -> list[Finished]:
@@ -186,11 +153,15 @@ def _index(layout: Layout) -> list[Finished]:
             text, at = file.read(), os.fstat(file.fileno()).st_mtime
         try:
             record = _Shown.model_validate_json(text)
-            bpb = record.history[-1].bpb
+            values = record.values()
         except (ValueError, IndexError):
             load_record(layout.record(name))  # Says what is wrong with it.
             raise
-        fresh.append(Finished(name, record.arm, record.seed, record.status, bpb, record.seconds, at))
+        fresh.append(
+            Finished(
+                name, record.arm, record.seed, record.status, record.kind, record.space, values, record.seconds, at
+            )
+        )
     if fresh:
         cache.parent.mkdir(parents=True, exist_ok=True)
         with cache.open("a", encoding="utf-8") as lines:
@@ -218,15 +189,14 @@ def is_live(layout: Layout) -> bool:
         return True
 
 
-def _failures(study: str, storage: str | None, root: Path, done: set[str]) -> list[str]:
+def _failures(study: str, storage: str, done: set[str]) -> list[str]:
     """Errors of failed trials without a result; one query, as loading ten thousand Optuna trials takes seconds."""
     import sqlalchemy  # half of the time that `status` takes to start
     from optuna.trial import TrialState
     from sqlalchemy.engine import make_url
 
-    from ablate.study.queue import ERROR, default_storage
+    from ablate.study.queue import ERROR
 
-    storage = storage or default_storage(root)
     url = make_url(storage)
     if url.get_backend_name() == "sqlite" and not Path(url.database or "").exists():
         return []
@@ -245,15 +215,3 @@ def _failures(study: str, storage: str | None, root: Path, done: set[str]) -> li
         engine.dispose()
     latest = {str(row.get("trial")): row for row in rows.values() if row.get("trial") not in done and ERROR in row}
     return [f"{row.get('arm', 'candidate')}, seed {row.get('seed', '?')}: {row[ERROR]}" for row in latest.values()]
-
-
-def evaluations(trial: Trial) -> int:
-    """Evaluations of a whole trial: step 0, every `eval_every` steps, the last step."""
-    train = trial.train
-    return 1 + -(-train.steps // train.eval_every)
-
-
-def step_seconds(history: list[Evaluation], skip: int) -> float:
-    """Median seconds a step between evaluations after the first `skip`, which warm caches up."""
-    pairs = zip(history[skip:], history[skip + 1 :], strict=False)
-    return median((b.seconds - a.seconds) / (b.step - a.step) for a, b in pairs)

@@ -19,9 +19,11 @@ from sqlalchemy.engine import make_url
 
 from ablate.config import ConfigError
 from ablate.files import leftovers
-from ablate.study.queue import ERROR, HASH, default_storage, open_storage
+from ablate.study.address import default_storage
+from ablate.study.queue import ERROR, HASH
 from ablate.study.records import Layout, Record, load_plan, load_record
 from ablate.study.status import is_live
+from ablate.study.storage import open_storage
 from ablate.tracking import schema
 from ablate.tracking.mlflow import MlflowTracker, Sender, default_uri, prepare_store, spool_path, sqlite_file
 from ablate.tracking.spool import Spool

@@ -15,9 +15,9 @@ from mlflow.tracking import MlflowClient
 
 from ablate.config import ConfigError, Study, load_study, parse
 from ablate.study.designs import expand
+from ablate.study.forecast import forecast
 from ablate.study.records import Layout, Record, load_record, save_plan
 from ablate.study.runner import Outcome, run_study
-from ablate.study.status import forecast
 from ablate.tracking import schema
 from ablate.tracking.export import collect
 from ablate.tracking.mlflow import MlflowTracker, MlflowTrial, default_uri

@@ -17,11 +17,13 @@ import psutil
 import pytest
 
 from ablate.config import ConfigError
+from ablate.study.address import default_storage
 from ablate.study.designs import expand
 from ablate.study.progress import Display
-from ablate.study.queue import Queue, default_storage, open_storage
+from ablate.study.queue import Queue
 from ablate.study.records import Layout, load_record
 from ablate.study.runner import Outcome, run_study
+from ablate.study.storage import open_storage
 from tests.study import objective
 
 REPOSITORY = Path(__file__).parents[2]
@@ -186,39 +188,6 @@ def test_rates_are_tuned_before_evaluation(tmp_path: Path) -> None:
     assert run(tmp_path, settings={"factors": {"tree.mirror": [0, 1]}, "tune": tune}) == outcome
 
 
-SEARCH: dict[str, Any] = {
-    "design": "search",
-    "factors": {
-        "tree.mirror": {"range": {"low": -1, "high": 1}},
-        "tree.placement": ["unit", "tree"],
-        "tree.node_mirror": {"range": {"low": -1, "high": 1}, "when": {"tree.placement": "unit"}},
-    },
-}
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [{"pruner": "halving"}, {"objectives": ["bpb", "n_eff_frac"]}],
-    ids=["halving", "two-objectives"],
-)
-def test_a_search_spends_its_budget_exactly(tmp_path: Path, settings: dict[str, Any]) -> None:
-    settings = SEARCH | settings
-    assert run(tmp_path, settings={**settings, "budget": {"trials": 6}}, workers=2) == Outcome(done=6, total=6)
-    first = table(tmp_path)
-    assert run(tmp_path, settings={**settings, "budget": {"trials": 12}}, workers=2) == Outcome(done=12, total=12)
-    records = table(tmp_path)
-    assert {name: records[name] for name in first} == first
-    for record in records.values():
-        assert (record["factors"]["tree.node_mirror"] is None) == (record["factors"]["tree.placement"] == "tree")
-    assert any(r["status"] == "pruned" for r in records.values()) == ("pruner" in settings)
-
-
-def test_a_search_ends_with_its_tokens(tmp_path: Path) -> None:
-    tokens = 5 * 20 * 8 * 256
-    outcome = run(tmp_path, settings={**SEARCH, "budget": {"tokens": tokens}})
-    assert outcome == Outcome(done=5, total=5)
-
-
 def _claim(root: Path, number: int) -> list[str]:
     queue = Queue(expand(objective.study(seeds=list(range(20)))), open_storage(default_storage(root)))
     claimed = []
@@ -253,9 +222,9 @@ def test_progress_without_a_terminal_is_a_line_a_trial(undisturbed: Path, tmp_pa
     from rich.console import Console
 
     out = StringIO()
-    display = Display("cheap", 2, 0, 1, Console(file=out, width=200))
-    settings = {"factors": {"tree.mirror": [0, 1]}, "seeds": [0]}
+    settings: dict[str, Any] = {"factors": {"tree.mirror": [0, 1]}, "seeds": [0]}
+    display = Display(objective.study(**settings), 1, Console(file=out, width=200))
     run(tmp_path, settings=settings, display=display)
-    lines = out.getvalue().splitlines()
+    lines = [line for line in out.getvalue().splitlines() if line.startswith("[")]
     assert [line.split("]")[0] for line in lines] == ["[1/2", "[2/2"]
     assert "mirror=0 · seed 0: finished, " in lines[0]

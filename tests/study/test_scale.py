@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from ablate.study.address import default_storage
 from ablate.study.designs import expand
-from ablate.study.queue import Queue, default_storage, open_storage
+from ablate.study.queue import Queue
 from ablate.study.records import Layout
 from ablate.study.runner import Outcome, run_study
+from ablate.study.storage import open_storage
 from ablate.tracking.mlflow import MlflowTracker, default_uri
 from tests.study import objective
 from tests.study.postgres import postgres

@@ -8,11 +8,13 @@ import pytest
 from mlflow.tracking import MlflowClient
 from optuna.trial import TrialState
 
+from ablate.study.address import default_storage
 from ablate.study.designs import expand
-from ablate.study.queue import Queue, default_storage, open_storage
+from ablate.study.queue import Queue
 from ablate.study.records import Layout, load_record
 from ablate.study.runner import Outcome, run_study
 from ablate.study.status import status
+from ablate.study.storage import open_storage
 from ablate.tracking import schema
 from ablate.tracking.doctor import doctor
 from ablate.tracking.mlflow import MlflowTracker, default_uri

@@ -15,9 +15,11 @@ from sqlalchemy import text
 from ablate.balance import metrics, usage
 from ablate.config import ConfigError
 from ablate.evaluation.scores import Score
+from ablate.study.address import default_storage
 from ablate.study.designs import Plan, expand
-from ablate.study.queue import Queue, default_storage, open_storage
+from ablate.study.queue import Queue
 from ablate.study.records import Layout, Record, leaf_deaths, load_record, save_plan, save_record
+from ablate.study.storage import open_storage
 from ablate.tracking.export import collect
 from ablate.tracking.schema import BALANCE, HISTORY_SCHEMA, TRIALS_SCHEMA, USAGE_TABLE_SCHEMA
 from ablate.training.result import Evaluation

@@ -1,0 +1,78 @@
+"""What a worker is given, what it sends back, and what runs a trial for it."""
+
+from __future__ import annotations
+
+import errno
+import sqlite3
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from ablate.config import Trial
+from ablate.study.designs import Plan
+from ablate.study.records import Layout, Tracker
+from ablate.training.result import Observer, TrialResult
+
+EventKind = Literal["started", "stepped", "finished", "stopped", "retried", "failed", "lost", "fatal"]
+
+
+class Run(Protocol):
+    """What runs one trial: training.trial.run_trial, or anything with its contract."""
+
+    def __call__(
+        self, trial: Trial, *, data_root: Path, folder: Path, observer: Observer | None, threads: int | None
+    ) -> TrialResult:
+        """Train; `folder` keeps what a resumed run needs and gets usage.parquet."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """All that a worker needs; pickled into its process."""
+
+    plan: Plan
+    root: Path
+    data_root: Path
+    storage: str
+    tracker: Tracker | None
+    run: Run | None
+    """None: training.trial.run_trial, imported only where trials run."""
+    threads: int
+
+    @property
+    def layout(self) -> Layout:
+        """Where the study's files lie."""
+        return Layout(self.root, self.plan.study.name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """What happened in a worker, for whoever shows progress."""
+
+    worker: str
+    kind: EventKind
+    trial: str = ""
+    arm: str = ""
+    seed: int = 0
+    step: int = 0
+    total: int = 0
+    values: tuple[float, ...] | None = None
+    """The study's objectives at the trial's end."""
+    seconds: float = 0.0
+    status: str = ""
+    message: str = ""
+
+
+Report = Callable[[Event], None]
+
+
+def disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that it was raised from, says that the disk is full."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if isinstance(error, sqlite3.OperationalError) and "disk is full" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
