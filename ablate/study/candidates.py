@@ -166,6 +166,10 @@ class Candidates(Queue):
             "finalist_seeds": study.finalist_seeds,
             "candidates": [rows[arm] for arm in sorted(rows, key=number_of)],
             "exhausted": self.exhausted,
+            "left_out": list(self.space.notes),
+            "held": []
+            if "train.lr" in study.factors
+            else [f"train.lr is {study.trial({}).train.lr:g} for every candidate"],
         }
 
     def _alone(self) -> AbstractContextManager[None]:

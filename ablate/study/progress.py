@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -80,6 +82,16 @@ class Display:
     def say(self, text: str) -> None:
         """Print a line above the table."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def busy(self, text: str) -> Iterator[None]:
+        """Say what is being done, where it takes longer than a second."""
+        timer = threading.Timer(1.0, self.say, (text,))
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def tell(self, event: Event) -> None:
         """Show what happened in a worker."""

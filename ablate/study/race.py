@@ -76,7 +76,7 @@ def ranked(candidates: Mapping[str, Scores]) -> list[str]:
     then those with the most room around them (crowding distance of NSGA-II, doi 10.1109/4235.996017).
     """
     means = {name: np.mean(list(scores.values()), axis=0) for name, scores in candidates.items() if scores}
-    left = sorted(means, key=lambda name: tuple(means[name]))
+    left = sorted(means, key=lambda name: (tuple(means[name]), name))
     if left and len(means[left[0]]) == 1:
         return left
     order: list[str] = []

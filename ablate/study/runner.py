@@ -110,8 +110,8 @@ def run_study(
             partial.unlink(missing_ok=True)
         card = None
         if run is None:
-            display.say("preparing the corpus")
-            card = _data_card(study, data_root or root / "data")
+            with display.busy("preparing the corpus"):
+                card = _data_card(study, data_root or root / "data")
             _set_aside(layout, card)
         job = Job(
             plan=_plan(study, layout),
@@ -129,8 +129,8 @@ def run_study(
             f"  optuna-dashboard {shown(job.storage)!r}   shows it while it runs (pip install optuna-dashboard)"
         )
         if tracker:
-            display.say("opening MLflow")
-            tracker.start_study(job.plan, layout, card)
+            with display.busy("opening MLflow"):
+                tracker.start_study(job.plan, layout, card)
         outcome = _Session(job, engine, queue, signals, display).run()
         if tracker:
             status = "killed" if outcome.signal else "failed" if outcome.exit_code else "finished"
