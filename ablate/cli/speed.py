@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,7 @@ from ablate.cli.common import (
     bench_app,
     example,
     kernels_app,
+    table_of,
 )
 from ablate.config import ConfigError
 
@@ -32,6 +34,37 @@ def bench_trial(
     trial.run(
         among(preset or list(trial.BATCH), list(trial.BATCH), "preset"), threads=threads, steps=steps, as_json=as_json
     )
+
+
+@bench_app.command("search")
+@example("bench search --budget 90 --repetitions 50")
+def bench_search(
+    budget: Annotated[int, typer.Option(min=20, help="Training runs of each search.")] = 90,
+    repetitions: Annotated[int, typer.Option(min=2, help="Searches of each rule.")] = 50,
+    as_json: Json = False,
+) -> None:
+    """Racing against plain search on a planted landscape: how far what is named lies from the optimum. Trains nothing."""
+    from rich.console import Console
+    from rich.progress import track
+
+    from ablate.bench.search import RULES, measure
+
+    rules = track(RULES, "searching", console=Console(stderr=True), transient=True, disable=as_json)
+    rows = [measure(rule, budget, repetitions) for rule in rules]
+    if as_json:
+        print(json.dumps(rows))
+        return
+    cells = [
+        [
+            str(r["rule"]),
+            f"{r['regret']:.4f} ± {r['half_width']:.4f}",
+            *(f"{r[k]:.4f}" for k in ("worst_tenth", "optimism")),
+            f"{r['candidates']:.0f}",
+            f"{r['runs']:.0f}",
+        ]
+        for r in rows
+    ]
+    table_of("Search", ["rule", "regret", "worst tenth", "optimism", "candidates", "runs"], cells)
 
 
 @kernels_app.command("compile")
