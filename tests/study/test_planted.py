@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from ablate.bench.search import RULES, planted, simulate
+from ablate.config import Scalar
 
 
 def test_the_planted_optimum_is_zero_and_a_search_is_repeatable() -> None:
-    best = {
+    best: dict[str, Scalar] = {
         "tree.depth": 4,
         "tree.mirror": 0.4,
         "train.lr": 0.006,
