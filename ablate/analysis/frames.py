@@ -217,7 +217,7 @@ def _trials(path: Path, name: str) -> pl.DataFrame:
         raise ConfigError(f"table {str(path)!r}: status is {min(unknown)!r}; allowed are {', '.join(sorted(STATUSES))}")
     if frame["trial"].is_duplicated().any():
         twice = frame.filter(pl.col("trial").is_duplicated())["trial"][0]
-        raise ConfigError(f"table {str(path)!r}: trial {twice!r} stands in it twice; run `ablate collect {name}` again")
+        raise ConfigError(f"table {str(path)!r}: trial {twice!r} is listed twice; run `ablate collect {name}` again")
     frame = _complete(frame, {"study": pl.String(), **KEYS}, TRIAL_TEXT, TRIAL_NUMBERS)
     if "git_dirty" not in frame.columns:
         frame = frame.with_columns(git_dirty=pl.lit(None, pl.Boolean))

@@ -45,7 +45,7 @@ class Factor(Section):
         if (self.levels is None) == (self.range is None):
             raise ValueError("levels is missing: a factor has either levels or a range")
         if self.levels is not None and len({repr(v) for v in self.levels}) < len(self.levels):
-            raise ValueError(f"levels is {self.levels}: a level stands in it twice")
+            raise ValueError(f"levels is {self.levels}: a level is listed twice")
         return self
 
 
@@ -141,7 +141,7 @@ class Study(Section):
         if self.pruner and self.design != "search":
             raise ValueError(f"pruner is {self.pruner!r}: only design 'search' prunes")
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds is {self.seeds}: a seed stands in it twice")
+            raise ValueError(f"seeds is {self.seeds}: a seed is listed twice")
         if self.tune and set(self.tune.seeds) & set(self.seeds):
             raise ValueError(f"tune.seeds is {self.tune.seeds}: they must differ from seeds = {self.seeds}")
         if self.design == "search" and not (self.budget.trials or self.budget.tokens or self.budget.hours):

@@ -73,7 +73,10 @@ def _run_candidate(job: Job, queue: Candidates, entrant: Entrant, name: str, rep
             break
         queue.board.refresh()
         scores = queue.board.scores()
-        mine = scores.pop(entrant.name)
+        mine = scores.pop(entrant.name, None)
+        if mine is None:  # a layer without trees has no balance
+            out = f"has no value for {' and '.join(study.objectives)}"
+            break
         places = max(1, study.finalists.count)
         winners = beaten_by(mine, scores, study.seeds, study.race, places)
         if winners and place + 1 < len(study.seeds):

@@ -152,3 +152,13 @@ def sick(trial: Trial, *, data_root: Path, folder: Path, observer: Observer | No
         lost = result.history[-1].model_copy(update={"bpb": None})
         return result.model_copy(update={"status": "diverged", "history": [*result.history[:-1], lost]})
     return result
+
+
+def treeless(
+    trial: Trial, *, data_root: Path, folder: Path, observer: Observer | None, threads: int | None
+) -> TrialResult:
+    """The same; a dense layer has no balance, as in a real trial."""
+    result = descend(trial, data_root=data_root, folder=folder, observer=observer, threads=threads)
+    if trial.model.feedforward == "tree":
+        return result
+    return result.model_copy(update={"history": [e.model_copy(update={"balance": {}}) for e in result.history]})

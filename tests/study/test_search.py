@@ -123,6 +123,16 @@ def test_a_search_ends_with_its_tokens_or_hours(tmp_path: Path, kind: str) -> No
     assert outcome == Outcome(done=5, total=5)
 
 
+def test_a_candidate_without_a_value_is_closed_and_the_search_goes_on(tmp_path: Path) -> None:
+    """A dense layer has no balance: no worker may break on it."""
+    factors = {"tree.mirror": {"range": {"low": -1, "high": 1}}, "model.feedforward": ["tree", "dense"]}
+    settings = search(16, factors=factors, objectives=["bpb", "n_eff_frac"], finalists={"count": 1, "seeds": [9]})
+    assert run(tmp_path, run=objective.treeless, settings=settings).exit_code == 0
+    rows = json.loads((tmp_path / "results/cheap/plan.json").read_text())["search"]["candidates"]
+    assert any((row["out"] or "").startswith("has no value for") for row in rows)
+    assert any(row["out"] is None for row in rows)
+
+
 def test_a_finite_space_is_tried_once_and_ends_early(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     factors = {"tree.mirror": [0, 1], "tree.placement": ["unit", "tree", "sum"]}
     outcome = run(tmp_path, settings=search(60, factors=factors, finalists={"count": 0}, race=0), workers=2)
