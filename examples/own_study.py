@@ -11,8 +11,8 @@ from pathlib import Path
 import polars as pl
 
 from ablate.config import load_study
+from ablate.results.collect import collect
 from ablate.study.runner import run_study
-from ablate.tracking.export import collect
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 @pytest.fixture(scope="session")
 def fresh_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MLflow database: MLflow takes seconds to make one, so that it is made once and copied."""
-    from ablate.tracking.mlflow import prepare_store
+    from ablate.tracking.store import prepare_store
 
     folder = tmp_path_factory.mktemp("store")
     prepare_store(f"sqlite:///{folder / 'mlflow.db'}")

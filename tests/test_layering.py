@@ -14,11 +14,12 @@ import pytest
 import ablate
 
 PACKAGE = Path(ablate.__file__).parent
-# `kernels.spec` is on the ground floor: settings, tables and reports name activations, and it needs no torch.
+# Two modules are on the ground floor, and need no torch: settings, tables and reports name activations (`kernels.spec`),
+# and every room names files (`results.layout`).
 ORDER = [
-    "files", "distributed", "kernels.spec",
-    "config", "data", "kernels", "model", "balance", "evaluation", "training", "study", "tracking", "analysis", "report",
-    "bench", "cli",
+    "files", "distributed", "kernels.spec", "results.layout",
+    "config", "data", "kernels", "model", "balance", "evaluation", "training", "results", "study", "tracking",
+    "analysis", "report", "bench", "cli",
 ]  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -383,8 +383,8 @@ def _branch_mean(counts: ArrayLike) -> Floats:
     return b.mean(-1) if b.shape[-1] else np.zeros(b.shape[:-1])
 
 
-# Each metric of the summary with the side on which it is bad.
-_SUMMARY: dict[str, tuple[Any, Any]] = {
+# Each metric of `summary`, with the function that picks the worst tree.
+SUMMARY: dict[str, tuple[Any, Any]] = {
     "n_eff_frac": (n_eff_frac, np.min),
     "dead_frac": (dead_frac, np.max),
     "never_hit": (never_hit, np.max),
@@ -393,6 +393,8 @@ _SUMMARY: dict[str, tuple[Any, Any]] = {
     "bits_lost": (bits_lost, np.max),
     "branch_imbalance": (_branch_mean, np.max),
 }
+# What `summary` gives beside them, as 0 or 1.
+FLAGS = ("collapse", "n_eff_resolved", "dead_resolved")
 
 
 def summary(counts: ArrayLike) -> dict[str, float]:
@@ -405,7 +407,7 @@ def summary(counts: ArrayLike) -> dict[str, float]:
     if c.ndim != 3:
         raise ValueError(f"counts have shape {c.shape}: [layers, trees, leaves] is expected")
     out: dict[str, float] = {}
-    for name, (metric, worst) in _SUMMARY.items():
+    for name, (metric, worst) in SUMMARY.items():
         per_tree = metric(c)
         out[name] = float(per_tree.mean())
         out[f"{name}_worst"] = float(worst(per_tree))

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ablate.balance.metrics import depth_of, node_counts, saturation
 from ablate.files import replacing
+from ablate.results.layout import MOTION, TREES, USAGE
 
 Window = Literal["held_out", "train"]
 
@@ -143,29 +144,29 @@ class UsageParts:
     ) -> None:
         """Keep one evaluation: rows of the tables and the probe tokens' leaves [layers, K, P]."""
         parts: dict[str, Callable[[Any], object]] = {
-            "usage.parquet": usage.write_parquet,
-            "trees.parquet": trees.write_parquet,
+            USAGE: usage.write_parquet,
+            TREES: trees.write_parquet,
             "leaves.npy": lambda file: np.save(file, leaves),
         }
         if motion is not None:
-            parts["motion.parquet"] = motion.write_parquet
+            parts[MOTION] = motion.write_parquet
         for kind, save in parts.items():
             with replacing(self._part(step, kind)) as partial, partial.open("wb") as file:
                 save(file)
 
     def usage(self, steps: Sequence[int]) -> pl.DataFrame:
         """The usage table of these evaluations; empty where a model has no trees."""
-        return self._table(steps, "usage.parquet", USAGE_SCHEMA)
+        return self._table(steps, USAGE, USAGE_SCHEMA)
 
     def trees(self, steps: Sequence[int], width: int) -> pl.DataFrame:
         """The tree table of these evaluations, saturation against the last of them included; `width` is L."""
-        table = self._table(steps, "trees.parquet", TREES_SCHEMA)
+        table = self._table(steps, TREES, TREES_SCHEMA)
         leaves = {step: taken for step in steps if (taken := self.leaves(step)) is not None}
         return with_saturation(table, leaves, width) if leaves else table
 
     def motion(self, steps: Sequence[int]) -> pl.DataFrame:
         """The motion table of these evaluations (balance.motion)."""
-        return self._table(steps, "motion.parquet", MOTION_SCHEMA)
+        return self._table(steps, MOTION, MOTION_SCHEMA)
 
     def leaves(self, step: int) -> NDArray[np.int16] | None:
         """The probe tokens' leaves at an evaluation; None where it kept none."""

@@ -26,6 +26,7 @@ from ablate.cli.common import (
 )
 from ablate.config import ConfigError, load_study
 from ablate.files import write_text
+from ablate.results.layout import EVALUATION, ITEMS, PRUNED
 
 
 @app.command()
@@ -59,7 +60,7 @@ def prune(
     from ablate.data.windows import evaluation_batches
     from ablate.evaluation.bits_per_byte import bits_per_byte
     from ablate.evaluation.evaluate import corpus_of
-    from ablate.study.records import save_prune
+    from ablate.results.record import save_prune
     from ablate.training.checkpoint import load_model, save_model
 
     if threads is not None:
@@ -84,7 +85,7 @@ def prune(
         lambda candidate: bits_per_byte(candidate, judged, lengths),
         share,
     )
-    path = out or found.with_name("pruned.pt")
+    path = out or found.with_name(PRUNED)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_model(path, pruned, trial, tokenizer)
     # Only a trial's own weights on its own corpus stand beside its result.
@@ -159,11 +160,11 @@ def evaluate(
         limit=limit,
     )
     if is_own(path, trial, ROOT):
-        from ablate.tracking.publish import publish_evaluation
+        from ablate.tracking.log_report import log_evaluation
 
-        files = [path.with_name(evaluation.REPORT), path.with_name(evaluation.ITEMS)]
+        files = [path.with_name(EVALUATION), path.with_name(ITEMS)]
         try:
-            publish_evaluation(found, files, ROOT, tracking=os.environ.get("MLFLOW_TRACKING_URI"))
+            log_evaluation(found, files, ROOT, tracking=os.environ.get("MLFLOW_TRACKING_URI"))
         except ConfigError as error:
             print(f"ablate: written to {files[0]}, but not logged to MLflow: {error}", file=sys.stderr)
     if as_json:

@@ -80,7 +80,8 @@ def study_run(
     among([engine], ["local", "ray"], "engine")
 
     from ablate.study.runner import Engine, run_study
-    from ablate.tracking.mlflow import MlflowTracker, default_uri
+    from ablate.tracking.store import default_uri
+    from ablate.tracking.tracker import MlflowTracker
 
     tracker = MlflowTracker(tracking or default_uri(ROOT.resolve()))
     place: Engine | None = None
@@ -104,9 +105,9 @@ def study_run(
 @example("collect laptop")
 def collect(name: Name) -> None:
     """Export a study's results to tables/NAME/{trials,history,usage,trees,prune}.parquet."""
-    from ablate.tracking import export
+    from ablate.results import collect as tables
 
-    print(export.collect(name, ROOT))
+    print(tables.collect(name, ROOT))
 
 
 @app.command()
@@ -116,7 +117,7 @@ def analyse(name: Name) -> None:
     from ablate.analysis import findings
 
     print(findings.analyse(name, ROOT))
-    _publish(name, ["findings.json", "metrics.json"])
+    _log(name, ["findings.json", "metrics.json"])
 
 
 @app.command()
@@ -131,15 +132,15 @@ def report(
     from ablate.report import build
 
     print(build.build(name, ROOT, address))
-    _publish(name, ["findings.json", "metrics.json", "index.html", "report.md", "figures"])
+    _log(name, ["findings.json", "metrics.json", "index.html", "report.md", "figures"])
 
 
-def _publish(name: str, files: list[str]) -> None:
+def _log(name: str, files: list[str]) -> None:
     """Log what was written to MLflow; it stands on disk whatever comes of that."""
-    from ablate.tracking.publish import publish
+    from ablate.tracking.log_report import log_report
 
     try:
-        publish(name, ROOT, files, tracking=os.environ.get("MLFLOW_TRACKING_URI"))
+        log_report(name, ROOT, files, tracking=os.environ.get("MLFLOW_TRACKING_URI"))
     except ConfigError as error:
         print(f"ablate: not logged to MLflow: {error}", file=sys.stderr)
 
@@ -188,7 +189,7 @@ def ui(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 5000,
 ) -> None:
     """Open MLflow's UI on this project's runs, on 127.0.0.1 only (it has no authentication)."""
-    from ablate.tracking.mlflow import serve
+    from ablate.tracking.store import serve
 
     raise typer.Exit(serve(ROOT.resolve(), port))
 

@@ -34,9 +34,8 @@ from ablate.evaluation.likelihood import Scorer
 from ablate.evaluation.scores import Evaluated, Quality, Score
 from ablate.files import write_text
 from ablate.model.transformer import Transformer
+from ablate.results.layout import EVALUATION, ITEMS
 
-REPORT = "evaluation.json"
-ITEMS = "items.parquet"
 FEWSHOT_SEED = 1234
 """The harness's default."""
 BOOTSTRAP = 1000
@@ -92,7 +91,7 @@ def evaluate(
     asked = Questions(tasks=tuple(task_names), shots=tuple(shots), limit=limit)
     scores = ask(model, own, asked, folder=folder, tasks_folder=tasks_folder)
     result = Evaluated(trial=trial.hash(), tokenizer_hash=own.tokenizer_hash, quality=quality, scores=scores)
-    write_text(folder / REPORT, result.model_dump_json(indent=1) + "\n")
+    write_text(folder / EVALUATION, result.model_dump_json(indent=1) + "\n")
     return result
 
 

@@ -20,6 +20,7 @@ from ablate.files import replacing_folder, write_text
 from ablate.report import trim
 from ablate.report.build import DATA, build, current_findings
 from ablate.report.context import Context
+from ablate.results.layout import PLAN, TRIALS, USAGE, Layout
 
 CHECKSUMS = "checksums.json"
 """SHA-256 of each table and curve that was drawn, by path: git keeps these, and the files are drawn."""
@@ -37,8 +38,8 @@ def publish(name: str, root: Path) -> Path:
     Raises:
         ConfigError: the study has no tables or no plan here.
     """
-    plan, tables = root / "results" / name / "plan.json", root / "tables" / name
-    for path in (plan, tables / "trials.parquet"):
+    plan, tables = Layout(root, name).plan, Layout(root, name).tables
+    for path in (plan, tables / TRIALS):
         if not path.exists():
             raise ConfigError(f"{str(path)!r} does not exist: run `ablate study run` and `ablate collect {name}` first")
     loaded = load(name, root)
@@ -49,7 +50,7 @@ def publish(name: str, root: Path) -> Path:
         for path in (plan, *sorted(tables.glob("*.parquet"))):
             shutil.copyfile(path, folder / path.name)
         if usage is not None:
-            usage.write_parquet(folder / "usage.parquet", compression_level=COMPRESSION)
+            usage.write_parquet(folder / USAGE, compression_level=COMPRESSION)
     redraw(name, root)
     return kept
 
@@ -61,7 +62,7 @@ def published(root: Path) -> list[str]:
 
 def size(name: str, root: Path) -> int:
     """Trials of a published study: how long it takes to draw, roughly."""
-    return int(pl.scan_parquet(root / "reports" / name / DATA / "trials.parquet").select(pl.len()).collect().item())
+    return int(pl.scan_parquet(root / "reports" / name / DATA / TRIALS).select(pl.len()).collect().item())
 
 
 def redraw(name: str, root: Path) -> list[str]:
@@ -97,9 +98,9 @@ def _stage(report: Path, name: str, place: Path) -> list[tuple[Path, Path]]:
     """Where a project has what is kept, and what tells its report that it is published."""
     fixed = {
         "study.yaml": place / "studies" / f"{name}.yaml",
-        "plan.json": place / "results" / name / "plan.json",
+        PLAN: Layout(place, name).plan,
     }
-    kept = [(p, fixed.get(p.name, place / "tables" / name / p.name)) for p in sorted((report / DATA).iterdir())]
+    kept = [(p, fixed.get(p.name, Layout(place, name).tables / p.name)) for p in sorted((report / DATA).iterdir())]
     return kept + [(p, place / "reports" / name / p.name) for p in (report / DATA, report / ".gitignore") if p.exists()]
 
 

@@ -15,10 +15,12 @@ import optuna
 from optuna.exceptions import StorageInternalError
 
 from ablate.config import ConfigError
+from ablate.results.layout import TREES, USAGE
+from ablate.results.record import Record, leaf_deaths, load_record, save_record, tree_means
 from ablate.study.designs import PlannedTrial
 from ablate.study.job import Event, EventKind, Job, Report, disk_full
 from ablate.study.queue import objective_values
-from ablate.study.records import TREES, USAGE, Record, TrialTracker, leaf_deaths, load_record, save_record, tree_means
+from ablate.study.tracker import TrialTracker
 from ablate.training.result import Evaluation, TrialResult
 
 REPORT_SECONDS = 0.5

@@ -17,11 +17,13 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from ablate.config import ConfigError, Scalar
+from ablate.results.layout import Layout
+from ablate.results.plan_file import load_plan
+from ablate.results.record import Record, load_record
 from ablate.study.arms import factor_values
 from ablate.study.designs import Plan, PlannedTrial
 from ablate.study.leaders import DIRECTIONS
 from ablate.study.queue import ARM, RUN, WORKER, Claim, Queue, directions
-from ablate.study.records import Layout, Record, load_plan, load_record
 from ablate.study.samplers import Proposal, adopt, key_of, propose
 from ablate.study.scoreboard import Scoreboard, chosen_from, name_of, number_of
 from ablate.study.space import Candidate, Chosen, Space

@@ -5,15 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from ablate.config import ConfigError, Questions, Scalar, Study, Trial, digest
+from ablate.results.record import Kind
 from ablate.study.arms import Arm, arms_of, distinct, factor_keys, factor_values, order_of, trial_of
 from ablate.study.fractions import fraction_of
 from ablate.study.samplers import check
 from ablate.study.space import Space
 
-Kind = Literal["arm", "control", "tune", "search", "finalist"]
 # Beside bpb and the balance of a trial's end, what a contrast may name; scores of questions come on top.
 ENDPOINTS = ("bpb", "n_eff_frac", "dead_frac", "bits_lost")
 

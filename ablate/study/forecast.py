@@ -16,9 +16,9 @@ from statistics import mean, median
 import numpy as np
 
 from ablate.config import Questions, Study, Trial
+from ablate.results.layout import Layout
 from ablate.study.designs import Plan, expand
 from ablate.study.engines import THREAD_VARIABLES, available_cpus, environment
-from ablate.study.records import Layout
 from ablate.study.space import Space
 from ablate.training.result import Evaluation
 

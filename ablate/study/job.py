@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from ablate.config import Trial
+from ablate.results.layout import Layout
 from ablate.study.designs import Plan
-from ablate.study.records import Layout, Tracker
+from ablate.study.tracker import Tracker
 from ablate.training.result import Observer, TrialResult
 
 EventKind = Literal["started", "stepped", "finished", "stopped", "retried", "failed", "lost", "fatal"]

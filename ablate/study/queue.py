@@ -17,9 +17,9 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from ablate.config import ConfigError, Study
+from ablate.results.record import Record
 from ablate.study.designs import Plan, PlannedTrial
 from ablate.study.leaders import DIRECTIONS, Direction
-from ablate.study.records import Record
 from ablate.study.storage import GRACE_SECONDS, HEARTBEAT_SECONDS, MAX_RETRIES
 
 HASH, ARM, SEED, KIND, WORKER, ERROR, RUN = "trial", "arm", "seed", "kind", "worker", "error", "mlflow_run"

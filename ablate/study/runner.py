@@ -17,6 +17,9 @@ from optuna.exceptions import StorageInternalError
 
 from ablate.config import ConfigError, Study
 from ablate.files import leftovers
+from ablate.results.layout import Layout
+from ablate.results.plan_file import load_plan
+from ablate.results.record import Record, load_record
 from ablate.study.address import default_storage, shown
 from ablate.study.candidates import Candidates
 from ablate.study.designs import Plan, choose_rate, expand
@@ -24,8 +27,9 @@ from ablate.study.engines import LocalEngine, host
 from ablate.study.job import Event, Job, Run, disk_full
 from ablate.study.progress import Display
 from ablate.study.queue import Queue
-from ablate.study.records import Layout, Record, Tracker, load_plan, load_record, save_plan
+from ablate.study.records import save_plan
 from ablate.study.storage import open_storage
+from ablate.study.tracker import Tracker
 
 # So many workers in a row that end without having touched a trial, and starting more of them is no use.
 MAX_FALSE_STARTS = 3
@@ -89,7 +93,7 @@ def run_study(
         workers: local processes; threads are divided among them.
         data_root: prepared corpora; root/data where not given.
         storage: Optuna's database URL; SQLite under root/state where not given.
-        tracker: where runs are tracked (tracking.mlflow.MlflowTracker); None tracks nothing.
+        tracker: where runs are tracked (tracking.tracker.MlflowTracker); None tracks nothing.
         engine: where workers run; local processes where not given.
         run: what runs a trial; training.trial.run_trial where not given. It is pickled into workers.
         display: shows progress.

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ablate.config import Scalar, Study
+from ablate.results.layout import Layout
+from ablate.results.record import Record, load_record
 from ablate.study.arms import exists, ordered_factors
 from ablate.study.designs import Plan
 from ablate.study.leaders import DIRECTIONS
 from ablate.study.queue import objective_values
 from ablate.study.race import Scores, ranked
-from ablate.study.records import Layout, Record, load_record
 from ablate.study.space import Chosen
 
 

@@ -12,9 +12,11 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel
 
 from ablate.config import ConfigError
+from ablate.results.layout import Layout
+from ablate.results.plan_file import load_plan
+from ablate.results.record import load_record
 from ablate.study.address import default_storage, shown
 from ablate.study.leaders import Leader, leaders
-from ablate.study.records import Layout, load_plan, load_record
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ablate.results.record import Record
 from ablate.study.attempt import Attempt, Settle
 from ablate.study.candidates import Candidates, Entrant
 from ablate.study.job import Job, Report
 from ablate.study.queue import Claim, Queue
 from ablate.study.race import beaten_by
-from ablate.study.records import Record
 from ablate.study.storage import open_storage
 
 Stopped = Callable[[], bool]

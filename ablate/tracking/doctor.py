@@ -19,21 +19,26 @@ from sqlalchemy.engine import make_url
 
 from ablate.config import ConfigError
 from ablate.files import leftovers
+from ablate.results import layout as files
+from ablate.results.layout import Layout
+from ablate.results.plan_file import load_plan
+from ablate.results.record import Record, load_record
 from ablate.study.address import default_storage
 from ablate.study.queue import ERROR, HASH
-from ablate.study.records import Layout, Record, load_plan, load_record
 from ablate.study.status import is_live
 from ablate.study.storage import open_storage
-from ablate.tracking import schema
-from ablate.tracking.mlflow import MlflowTracker, Sender, default_uri, prepare_store, spool_path, sqlite_file
-from ablate.tracking.spool import Spool
+from ablate.tracking import tags
+from ablate.tracking.sender import Sender
+from ablate.tracking.spool import Spool, spool_path
+from ablate.tracking.store import default_uri, prepare_store, sqlite_file
+from ablate.tracking.tracker import MlflowTracker
 
-KEPT = {"model.pt", "pruned.pt", "evaluation.json", "items.parquet"}
+KEPT = {files.MODEL, files.PRUNED, files.EVALUATION, files.ITEMS}
 """What lies beside a finished trial's weights for good: training's, `ablate prune`'s and `ablate evaluate`'s."""
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Disagreement:
     """Something that does not agree."""
 
     study: str
@@ -43,7 +48,9 @@ class Finding:
     fixed: bool
 
 
-def doctor(root: Path, fix: bool = False, *, storage: str | None = None, tracking: str | None = None) -> list[Finding]:
+def doctor(
+    root: Path, fix: bool = False, *, storage: str | None = None, tracking: str | None = None
+) -> list[Disagreement]:
     """Look at every study of the project; with `fix`, repair what can be repaired. Live studies are left alone.
 
     Raises:
@@ -54,7 +61,7 @@ def doctor(root: Path, fix: bool = False, *, storage: str | None = None, trackin
     names |= {p.name for p in (root / "state" / "spool").glob("*") if p.is_dir()}
     optuna = _existing_storage(storage or default_storage(root))
     client = _existing_store(tracking or default_uri(root))
-    findings: list[Finding] = []
+    findings: list[Disagreement] = []
     for name in sorted(names):
         layout = Layout(root, name)
         if is_live(layout):
@@ -80,12 +87,12 @@ def _existing_store(uri: str) -> MlflowClient | None:
     return None if file is not None and not file.exists() else prepare_store(uri)
 
 
-def _files(layout: Layout, fix: bool) -> Iterator[Finding]:
+def _files(layout: Layout, fix: bool) -> Iterator[Disagreement]:
     """Half-written and damaged files among the results."""
     for path in leftovers(layout.results):
         if fix:
             path.unlink(missing_ok=True)
-        yield Finding(layout.study, f"half-written file {path.name}", "delete it", fix)
+        yield Disagreement(layout.study, f"half-written file {path.name}", "delete it", fix)
     done, prunes = layout.done(), layout.prunes()
     for name in sorted(done):
         try:
@@ -96,31 +103,33 @@ def _files(layout: Layout, fix: bool) -> Iterator[Finding]:
                 aside.mkdir(parents=True, exist_ok=True)
                 for path in (*layout.tables_of(name), *prunes.get(name, []), layout.record(name)):
                     path.replace(aside / path.name)
-            yield Finding(layout.study, f"damaged result {name}.json", "move it to state/damaged; it is run again", fix)
+            yield Disagreement(
+                layout.study, f"damaged result {name}.json", "move it to state/damaged; it is run again", fix
+            )
     for path in sorted(layout.results.glob("*.parquet")):
         if path.name.partition(".")[0] not in done:
             if fix:
                 path.unlink(missing_ok=True)
-            yield Finding(
+            yield Disagreement(
                 layout.study, f"table {path.name} without its result", "delete it; its trial is run again", fix
             )
     for path in (p for name, found in prunes.items() if name not in done for p in found):
         if fix:
             path.unlink(missing_ok=True)
-        yield Finding(layout.study, f"prune result {path.name} without its trial's", "delete it", fix)
+        yield Disagreement(layout.study, f"prune result {path.name} without its trial's", "delete it", fix)
 
 
-def _checkpoints(layout: Layout, fix: bool) -> Iterator[Finding]:
+def _checkpoints(layout: Layout, fix: bool) -> Iterator[Disagreement]:
     """Checkpoints that nothing will go on from."""
     for name in sorted(layout.done()):
         left = [p for p in layout.folder(name).glob("*") if p.name not in KEPT]
         if left:
             for path in left if fix else []:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-            yield Finding(layout.study, f"checkpoints of the finished trial {name}", "delete them", fix)
+            yield Disagreement(layout.study, f"checkpoints of the finished trial {name}", "delete them", fix)
 
 
-def _trials(layout: Layout, storage: RDBStorage, fix: bool) -> Iterator[Finding]:
+def _trials(layout: Layout, storage: RDBStorage, fix: bool) -> Iterator[Disagreement]:
     """Optuna trials left RUNNING without a worker, and finished ones still waiting."""
     done = layout.done()
     plan = load_plan(layout)
@@ -132,7 +141,7 @@ def _trials(layout: Layout, storage: RDBStorage, fix: bool) -> Iterator[Finding]
             if fix:
                 _free(storage, frozen)
             end = "has its result" if name in done else "has no worker"
-            yield Finding(
+            yield Disagreement(
                 layout.study,
                 f"Optuna trial {frozen.number} ({name}) is RUNNING but {end}",
                 "free it for the next run",
@@ -155,34 +164,34 @@ class _Runs:
     def __init__(self, layout: Layout, client: MlflowClient, uri: str, fix: bool) -> None:
         self.layout, self.client, self.uri, self.fix = layout, client, uri, fix
 
-    def check(self) -> Iterator[Finding]:
+    def check(self) -> Iterator[Disagreement]:
         """Unsent events, runs stuck RUNNING, trials without runs, runs without trials."""
         found = self.client.get_experiment_by_name(self.layout.study)
         if found is None or found.lifecycle_stage != "active":
             return
         yield from self._spools()
         runs = list(self._all(found.experiment_id))
-        children = [r for r in runs if r.data.tags.get(schema.ROLE) == "trial"]
+        children = [r for r in runs if r.data.tags.get(tags.ROLE) == "trial"]
         done = self.layout.done()
         for run in runs:
-            name = run.data.tags.get(schema.TRIAL)
+            name = run.data.tags.get(tags.TRIAL)
             if run.info.status == "RUNNING":
                 yield self._stuck(run, name, done)
             elif run in children and run.info.status == "FINISHED" and name not in done:
                 if self.fix:
-                    self.client.set_tag(run.info.run_id, schema.STATUS, "orphaned")
-                if self.fix or run.data.tags.get(schema.STATUS) != "orphaned":
+                    self.client.set_tag(run.info.run_id, tags.STATUS, "orphaned")
+                if self.fix or run.data.tags.get(tags.STATUS) != "orphaned":
                     yield self._finding(f"run {run.info.run_id} has no result ({name})", "tag it as orphaned")
-        parents = [r for r in runs if r.data.tags.get(schema.ROLE) == "study"]
-        tracked = {r.data.tags.get(schema.TRIAL) for r in children}
+        parents = [r for r in runs if r.data.tags.get(tags.ROLE) == "study"]
+        tracked = {r.data.tags.get(tags.TRIAL) for r in children}
         for name in sorted(done - tracked) if parents else []:
             record = load_record(self.layout.record(name))
-            parent = next((p for p in parents if p.data.tags.get(schema.SPACE) == record.space), parents[0])
+            parent = next((p for p in parents if p.data.tags.get(tags.SPACE) == record.space), parents[0])
             if self.fix:
                 self._write(record, found.experiment_id, parent.info.run_id)
             yield self._finding(f"trial {name} has no run", "write one from its result")
 
-    def _spools(self) -> Iterator[Finding]:
+    def _spools(self) -> Iterator[Disagreement]:
         for path in sorted(spool_path(self.layout, "any").parent.glob("*.jsonl")):
             spool = Spool(path)
             if self.layout.record(path.stem).exists():
@@ -195,22 +204,22 @@ class _Runs:
                     path.unlink()
                 yield self._finding(f"empty spool {path.name}", "delete it")
 
-    def _stuck(self, run: Run, name: str | None, done: set[str]) -> Finding:
+    def _stuck(self, run: Run, name: str | None, done: set[str]) -> Disagreement:
         if name in done:
             status, why = "FINISHED", "its trial has a result"
-        elif run.data.tags.get(schema.ROLE) == "study" and self._complete(run, done):
+        elif run.data.tags.get(tags.ROLE) == "study" and self._complete(run, done):
             status, why = "FINISHED", "all its trials have results"
         else:
             status, why = "KILLED", "no process works on it"
         # Sending what was unsent may have closed it since it was listed.
         if self.fix and self.client.get_run(run.info.run_id).info.status == "RUNNING":
             self.client.set_terminated(run.info.run_id, status=status)
-            self.client.set_tag(run.info.run_id, schema.STATUS, status.lower())
+            self.client.set_tag(run.info.run_id, tags.STATUS, status.lower())
         return self._finding(f"run {run.info.run_id} is RUNNING but {why}", f"set it to {status}")
 
     def _complete(self, run: Run, done: set[str]) -> bool:
         plan = load_plan(self.layout)
-        if plan is None or plan["space"] != run.data.tags.get(schema.SPACE) or plan["design"] == "search":
+        if plan is None or plan["space"] != run.data.tags.get(tags.SPACE) or plan["design"] == "search":
             return False
         return not plan["waiting_for_tune"] and {t["trial"] for t in plan["trials"]} <= done
 
@@ -235,11 +244,11 @@ class _Runs:
             if not token:
                 return
 
-    def _finding(self, problem: str, remedy: str) -> Finding:
-        return Finding(self.layout.study, problem, remedy, self.fix)
+    def _finding(self, problem: str, remedy: str) -> Disagreement:
+        return Disagreement(self.layout.study, problem, remedy, self.fix)
 
 
-def _pipeline(root: Path) -> Iterator[Finding]:
+def _pipeline(root: Path) -> Iterator[Disagreement]:
     """Outputs that dvc.lock promises and the disk does not have."""
     lock = root / "dvc.lock"
     if not lock.exists():
@@ -247,12 +256,12 @@ def _pipeline(root: Path) -> Iterator[Finding]:
     try:
         stages = (yaml.safe_load(lock.read_text(encoding="utf-8")) or {}).get("stages", {})
     except (yaml.YAMLError, UnicodeDecodeError):
-        yield Finding("", "dvc.lock is not YAML", "restore it with git, or delete it and run `dvc repro`", False)
+        yield Disagreement("", "dvc.lock is not YAML", "restore it with git, or delete it and run `dvc repro`", False)
         return
     for stage, entry in sorted(stages.items()):
         for out in entry.get("outs", []):
             if not (root / out["path"]).exists():
                 study = stage.partition("@")[2]
-                yield Finding(
+                yield Disagreement(
                     study, f"{out['path']}, made by stage {stage}, is gone", "run `dvc checkout` or `dvc repro`", False
                 )

@@ -13,11 +13,12 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from ablate.config import ConfigError, Trial, parse
-from ablate.tracking import schema
-from ablate.tracking.mlflow import default_uri, prepare_store
+from ablate.results.layout import HISTORY, TRIALS
+from ablate.tracking import tags as names
+from ablate.tracking.store import default_uri, prepare_store
 from ablate.training.result import TrialResult
 
-PUBLISHED = "reports/*/data/trials.parquet"
+PUBLISHED = f"reports/*/data/{TRIALS}"
 """Tables that `ablate publish` keeps: a clone has them, and no MLflow database."""
 SHORTEST = 8
 """Characters that name a published run: what the reports print of it."""
@@ -66,7 +67,7 @@ def reproduce(run_id: str, root: Path, *, data_root: Path | None = None, trackin
         uri = tracking or default_uri(root.resolve())
         found = _logged(prepare_store(uri), run_id, uri)
     trial, tags, before = found
-    threads = tags.get(schema.THREADS)
+    threads = tags.get(names.THREADS)
     with tempfile.TemporaryDirectory(prefix="ablate-reproduce-") as folder:
         result = run_trial(
             trial,
@@ -92,11 +93,11 @@ def _published(run_id: str, root: Path) -> tuple[Trial, dict[str, str], dict[int
     if not found:
         return None
     path, row = next(iter(found.values()))
-    names = (schema.GIT_COMMIT, schema.DATA_HASH, schema.TOKENIZER_HASH, schema.MACHINE, schema.DEVICE, schema.VERSIONS)
-    origin = {name: row[name.removeprefix("ablate.")] for name in names}
-    origin |= {schema.GIT_DIRTY: str(row["git_dirty"]).lower(), schema.THREADS: row["threads"]}
+    kept = (names.GIT_COMMIT, names.DATA_HASH, names.TOKENIZER_HASH, names.MACHINE, names.DEVICE, names.VERSIONS)
+    origin = {name: row[name.removeprefix("ablate.")] for name in kept}
+    origin |= {names.GIT_DIRTY: str(row["git_dirty"]).lower(), names.THREADS: row["threads"]}
     origin = {name: str(value) for name, value in origin.items() if value is not None}
-    history = pl.scan_parquet(path.with_name("history.parquet"))
+    history = pl.scan_parquet(path.with_name(HISTORY))
     evaluations = history.filter(pl.col("trial") == row["trial"], pl.col("bpb").is_not_null()).collect()
     trial = parse(Trial, json.loads(row["config"]), where=f"run {row['run_id']}")
     return trial, origin, dict(zip(evaluations["step"].to_list(), evaluations["bpb"].to_list(), strict=True))
@@ -110,10 +111,10 @@ def _logged(client: MlflowClient, run_id: str, uri: str) -> tuple[Trial, dict[st
             f"run {run_id!r} is unknown at {uri} and in reports/*/data: give the id of a trial's run"
         ) from None
     tags = dict(run.data.tags)
-    if tags.get(schema.ROLE) != "trial":
-        raise ConfigError(f"run {run_id!r} is a {tags.get(schema.ROLE, 'foreign')} run: give the id of a trial's run")
+    if tags.get(names.ROLE) != "trial":
+        raise ConfigError(f"run {run_id!r} is a {tags.get(names.ROLE, 'foreign')} run: give the id of a trial's run")
     trial = parse(Trial, _nested(run.data.params), where=f"run {run_id}")
-    history = client.get_metric_history(run_id, schema.BPB)
+    history = client.get_metric_history(run_id, names.BPB)
     return trial, tags, {metric.step: metric.value for metric in history}
 
 
@@ -135,17 +136,17 @@ def _nested(params: dict[str, str]) -> dict[str, Any]:
 def _changed(tags: dict[str, str], result: TrialResult) -> dict[str, tuple[str, str]]:
     origin = result.provenance
     now = {
-        schema.GIT_COMMIT: origin.git_commit,
-        schema.GIT_DIRTY: str(origin.git_dirty).lower(),
-        schema.DATA_HASH: origin.data_hash,
-        schema.TOKENIZER_HASH: origin.tokenizer_hash,
-        schema.MACHINE: origin.machine,
-        schema.DEVICE: origin.device,
-        schema.THREADS: str(origin.threads),
+        names.GIT_COMMIT: origin.git_commit,
+        names.GIT_DIRTY: str(origin.git_dirty).lower(),
+        names.DATA_HASH: origin.data_hash,
+        names.TOKENIZER_HASH: origin.tokenizer_hash,
+        names.MACHINE: origin.machine,
+        names.DEVICE: origin.device,
+        names.THREADS: str(origin.threads),
     }
     changed = {key: (tags.get(key, ""), value) for key, value in now.items() if tags.get(key, "") != value}
-    then = json.loads(tags.get(schema.VERSIONS, "{}"))
+    then = json.loads(tags.get(names.VERSIONS, "{}"))
     for name in sorted(then.keys() | origin.versions.keys() if then else ()):
         if then.get(name) != origin.versions.get(name):
-            changed[f"{schema.VERSIONS}.{name}"] = (then.get(name, "none"), origin.versions.get(name, "none"))
+            changed[f"{names.VERSIONS}.{name}"] = (then.get(name, "none"), origin.versions.get(name, "none"))
     return changed

@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ablate.results.layout import Layout
+from ablate.tracking import tags as names
+
 Event = dict[str, Any]
 
 
@@ -67,6 +70,16 @@ class Spool:
 def finite(values: Mapping[str, float | None]) -> dict[str, float]:
     """Values that a metric can hold; those that are missing, NaN or infinite are left out."""
     return {key: float(v) for key, v in values.items() if v is not None and math.isfinite(v)}
+
+
+def spool_path(layout: Layout, trial: str) -> Path:
+    """Where a trial's unsent events lie."""
+    return layout.state / "spool" / layout.study / f"{trial}.jsonl"
+
+
+def ends_with_result(spool: Spool) -> bool:
+    """Whether the trial is done for good, so that no later attempt needs to know what was sent."""
+    return spool.closed and spool.last["tags"][names.STATUS] not in {"killed", "failed"}
 
 
 def _read(path: Path) -> list[Event]:

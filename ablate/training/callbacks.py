@@ -20,11 +20,11 @@ from ablate.config import Trial
 from ablate.data.tokens import Prepared
 from ablate.evaluation.bits_per_byte import bits_per_byte
 from ablate.files import replacing
+from ablate.results.layout import LAST
 from ablate.training.module import LanguageModel
 from ablate.training.result import Evaluation, Observer, Status
 from ablate.training.schedule import learning_rate
 
-LAST = "last.ckpt"
 USAGE_PARTS = "usage"
 
 

@@ -7,9 +7,7 @@ import re
 from pathlib import Path
 
 from ablate.config import ConfigError, Trial
-
-MODEL = "model.pt"
-"""The weights a trial leaves in its folder, where it is asked to keep them."""
+from ablate.results.layout import MODEL, USAGE
 
 _HASH = re.compile(r"[0-9a-f]{12}")
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
@@ -59,7 +57,7 @@ def find_usage(run: str, root: Path) -> Path:
             raise ConfigError(f"run {run!r} is no usage table: a .parquet file is expected")
         return path
     for record in _records(run, root):
-        return record.with_name(f"{record.stem}.usage.parquet")
+        return record.with_name(f"{record.stem}.{USAGE}")
     raise ConfigError(f"run {run!r} is not known: no result in {str(root / 'results')!r} has it")
 
 

@@ -26,17 +26,14 @@ from ablate.evaluation.scores import Score
 from ablate.files import leftovers, replacing
 from ablate.kernels.backend import REFERENCE, choose, load
 from ablate.model.counts import count
+from ablate.results.layout import LAST, MODEL, MOTION, TREES, USAGE
 from ablate.training import ranks
-from ablate.training.callbacks import LAST, USAGE_PARTS, Evaluator, calibration_windows
+from ablate.training.callbacks import USAGE_PARTS, Evaluator, calibration_windows
 from ablate.training.checkpoint import read_checkpoint, save_model
 from ablate.training.module import LanguageModel
 from ablate.training.ranks import Place
 from ablate.training.result import Observer, Provenance, TrialResult
-from ablate.training.runs import MODEL
 
-USAGE = "usage.parquet"
-TREES = "trees.parquet"
-MOTION = "motion.parquet"
 TASKS = ".cache/tasks"
 
 

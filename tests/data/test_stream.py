@@ -19,7 +19,7 @@ from ablate.data.codec import ByteCodec
 from ablate.data.module import TokenData
 from ablate.data.stream import Position, StreamData, TokenStream, open_stream
 from ablate.data.tokens import prepare, split_of
-from ablate.training.callbacks import LAST
+from ablate.results.layout import LAST
 from ablate.training.checkpoint import read_checkpoint
 from ablate.training.trial import run_trial
 from tests.data.conftest import text

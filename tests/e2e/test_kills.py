@@ -22,12 +22,13 @@ import psutil
 import pytest
 from mlflow.tracking import MlflowClient
 
+from ablate.results.layout import Layout
+from ablate.results.record import load_record
 from ablate.study.designs import expand
-from ablate.study.records import Layout, load_record
 from ablate.study.runner import Outcome, run_study
-from ablate.tracking import schema
+from ablate.tracking import tags
 from ablate.tracking.doctor import doctor
-from ablate.tracking.mlflow import default_uri
+from ablate.tracking.store import default_uri
 from tests.study import objective
 from tests.study.test_runner import table
 from tests.tracking.server import Server
@@ -217,12 +218,10 @@ def check_runs(root: Path, uri: str) -> None:
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id], max_results=1000)
     assert {r.info.status for r in runs} == {"FINISHED"}
-    children = [r for r in runs if r.data.tags[schema.ROLE] == "trial"]
-    assert sorted(r.data.tags[schema.TRIAL] for r in children) == sorted(
-        t.hash for t in expand(objective.study()).trials
-    )
+    children = [r for r in runs if r.data.tags[tags.ROLE] == "trial"]
+    assert sorted(r.data.tags[tags.TRIAL] for r in children) == sorted(t.hash for t in expand(objective.study()).trials)
     for run in children:
-        record = load_record(layout.record(run.data.tags[schema.TRIAL]))
+        record = load_record(layout.record(run.data.tags[tags.TRIAL]))
         for key in ("bpb", "n_eff_frac"):
             logged = [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, key)]
             values = [(e.step, e.bpb if key == "bpb" else e.balance[key]) for e in record.history]

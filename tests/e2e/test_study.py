@@ -14,14 +14,17 @@ import torch
 from mlflow.tracking import MlflowClient
 
 from ablate.config import ConfigError, Study, load_study, parse
+from ablate.results.collect import collect
+from ablate.results.layout import Layout
+from ablate.results.record import Record, load_record
 from ablate.study.designs import expand
 from ablate.study.forecast import forecast
-from ablate.study.records import Layout, Record, load_record, save_plan
+from ablate.study.records import save_plan
 from ablate.study.runner import Outcome, run_study
-from ablate.tracking import schema
-from ablate.tracking.export import collect
-from ablate.tracking.mlflow import MlflowTracker, MlflowTrial, default_uri
+from ablate.tracking import tags
 from ablate.tracking.reproduce import reproduce
+from ablate.tracking.store import default_uri
+from ablate.tracking.tracker import MlflowTracker, MlflowTrial
 from ablate.training.result import Evaluation
 from ablate.training.trial import run_trial
 
@@ -55,7 +58,7 @@ def test_a_tracked_trial_is_reproduced_from_its_run_bit_for_bit(project: Path) -
     assert again.trial == record.trial
     assert sorted(again.before) == [0, 4, 8]
     assert again.equal, again
-    assert set(again.changed) <= {schema.GIT_COMMIT, schema.GIT_DIRTY}, "the same machine, data and threads"
+    assert set(again.changed) <= {tags.GIT_COMMIT, tags.GIT_DIRTY}, "the same machine, data and threads"
 
 
 def test_a_published_trial_is_reproduced_in_a_clone_without_mlflow(project: Path, tmp_path: Path) -> None:
@@ -70,14 +73,14 @@ def test_a_published_trial_is_reproduced_in_a_clone_without_mlflow(project: Path
     assert again.trial == record.trial
     assert sorted(again.before) == [0, 4, 8]
     assert again.equal, again
-    assert set(again.changed) <= {schema.GIT_COMMIT, schema.GIT_DIRTY}, "the same machine, data, threads and versions"
+    assert set(again.changed) <= {tags.GIT_COMMIT, tags.GIT_DIRTY}, "the same machine, data, threads and versions"
     assert not (tmp_path / "state").exists(), "nothing asked for MLflow"
 
     trials = pl.read_parquet(kept / "trials.parquet")
     older = trials.with_columns(versions=pl.col("versions").str.replace('"torch": "[^"]*"', '"torch": "1.0"'))
     older.write_parquet(kept / "trials.parquet")
     changed = reproduce(record.run_id, tmp_path, data_root=project / "data").changed
-    assert changed[f"{schema.VERSIONS}.torch"] == ("1.0", torch.__version__)
+    assert changed[f"{tags.VERSIONS}.torch"] == ("1.0", torch.__version__)
 
     history = pl.read_parquet(kept / "history.parquet")
     history.with_columns(pl.col("bpb") + 1e-12).write_parquet(kept / "history.parquet")
@@ -96,10 +99,10 @@ def test_real_runs_carry_data_code_and_balance(project: Path) -> None:
     client = MlflowClient(default_uri(project))
     experiment = client.get_experiment_by_name("tiny")
     assert experiment is not None
-    children = client.search_runs([experiment.experiment_id], f"tags.`{schema.ROLE}` = 'trial'")
+    children = client.search_runs([experiment.experiment_id], f"tags.`{tags.ROLE}` = 'trial'")
     assert len(children) == 2
     for run in children:
-        assert run.data.tags[schema.DATA_HASH]
+        assert run.data.tags[tags.DATA_HASH]
         assert {
             "bpb",
             "n_eff_frac",

@@ -13,7 +13,7 @@ from ablate.analysis.frames import load
 from ablate.report import views
 from ablate.report.style import assign
 from ablate.report.tables import columns
-from ablate.study.designs import Kind
+from ablate.results.record import Kind
 from tests.report.synthetic import write_study
 
 LONGEST = 70

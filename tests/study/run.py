@@ -16,7 +16,7 @@ def main() -> int:
     settings, tracking = [*rest, *("{}", "")[len(rest) :]]
     tracker = None
     if tracking:
-        from ablate.tracking.mlflow import MlflowTracker
+        from ablate.tracking.tracker import MlflowTracker
 
         tracker = MlflowTracker(tracking)
     try:

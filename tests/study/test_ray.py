@@ -13,10 +13,10 @@ import pytest
 from polars.testing import assert_frame_equal
 
 from ablate.config import load_study
+from ablate.results.collect import collect
+from ablate.results.layout import Layout
 from ablate.study.engines import available_cpus
-from ablate.study.records import Layout
 from ablate.study.runner import Outcome, run_study
-from ablate.tracking.export import collect
 from tests.study import objective
 from tests.study.test_runner import table
 

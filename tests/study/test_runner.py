@@ -17,11 +17,12 @@ import psutil
 import pytest
 
 from ablate.config import ConfigError
+from ablate.results.layout import Layout
+from ablate.results.record import load_record
 from ablate.study.address import default_storage
 from ablate.study.designs import expand
 from ablate.study.progress import Display
 from ablate.study.queue import Queue
-from ablate.study.records import Layout, load_record
 from ablate.study.runner import Outcome, run_study
 from ablate.study.storage import open_storage
 from tests.study import objective

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
+from ablate.results.layout import Layout
 from ablate.study.address import default_storage
 from ablate.study.designs import expand
 from ablate.study.queue import Queue
-from ablate.study.records import Layout
 from ablate.study.runner import Outcome, run_study
 from ablate.study.storage import open_storage
-from ablate.tracking.mlflow import MlflowTracker, default_uri
+from ablate.tracking.store import default_uri
+from ablate.tracking.tracker import MlflowTracker
 from tests.study import objective
 from tests.study.postgres import postgres
 

@@ -17,9 +17,9 @@ import psutil
 import pytest
 
 from ablate.config import ConfigError
+from ablate.results.layout import Layout
 from ablate.study.address import default_storage
 from ablate.study.designs import expand
-from ablate.study.records import Layout
 from ablate.study.runner import Outcome
 from ablate.study.samplers import key_of, propose
 from ablate.study.space import Space

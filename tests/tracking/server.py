@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from ablate.tracking.mlflow import JOBS, default_uri
+from ablate.tracking.store import JOBS, default_uri
 
 
 def _free_port() -> int:

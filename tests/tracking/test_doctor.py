@@ -8,16 +8,18 @@ import pytest
 from mlflow.tracking import MlflowClient
 from optuna.trial import TrialState
 
+from ablate.results.layout import Layout
+from ablate.results.record import load_record
 from ablate.study.address import default_storage
 from ablate.study.designs import expand
 from ablate.study.queue import Queue
-from ablate.study.records import Layout, load_record
 from ablate.study.runner import Outcome, run_study
 from ablate.study.status import status
 from ablate.study.storage import open_storage
-from ablate.tracking import schema
+from ablate.tracking import tags
 from ablate.tracking.doctor import doctor
-from ablate.tracking.mlflow import MlflowTracker, default_uri
+from ablate.tracking.store import default_uri
+from ablate.tracking.tracker import MlflowTracker
 from tests.study import objective
 
 STUDY = objective.study(seeds=[0])
@@ -91,5 +93,5 @@ def test_after_fix_there_is_nothing_left_and_the_study_completes(broken: Path) -
     assert run_study(STUDY, broken, run=objective.descend, tracker=MlflowTracker(uri)) == Outcome(4, 4)
     layout = Layout(broken, "cheap")
     runs = client.search_runs([experiment.experiment_id], max_results=100)
-    good = [r for r in runs if r.data.tags.get(schema.ROLE) == "trial" and r.data.tags[schema.STATUS] == "finished"]
-    assert {r.data.tags[schema.TRIAL] for r in good} == layout.done()
+    good = [r for r in runs if r.data.tags.get(tags.ROLE) == "trial" and r.data.tags[tags.STATUS] == "finished"]
+    assert {r.data.tags[tags.TRIAL] for r in good} == layout.done()

@@ -17,13 +17,16 @@ from mlflow.tracking import MlflowClient
 
 from ablate.config import ConfigError
 from ablate.evaluation.scores import Evaluated, Quality
+from ablate.results.layout import Layout
+from ablate.results.record import Record, load_record, save_record
 from ablate.study.designs import Plan, expand
-from ablate.study.records import Layout, Record, load_record, save_plan, save_record
+from ablate.study.records import save_plan
 from ablate.study.runner import run_study
-from ablate.tracking import schema
-from ablate.tracking.mlflow import MlflowTracker, default_uri, prepare_store, spool_path
-from ablate.tracking.publish import publish, publish_evaluation
-from ablate.tracking.spool import Spool
+from ablate.tracking import tags
+from ablate.tracking.log_report import log_evaluation, log_report
+from ablate.tracking.spool import Spool, spool_path
+from ablate.tracking.store import default_uri, prepare_store
+from ablate.tracking.tracker import MlflowTracker
 from ablate.training.result import Evaluation
 from tests.study import objective
 from tests.tracking.server import Server
@@ -40,16 +43,16 @@ def runs(uri: str) -> tuple[MlflowClient, list[Run]]:
 def assert_complete(uri: str, root: Path, plan: Plan) -> None:
     """One child run a trial, each evaluation's metrics in it exactly once, and states as they are."""
     client, found = runs(uri)
-    parents = [r for r in found if r.data.tags[schema.ROLE] == "study"]
-    children = [r for r in found if r.data.tags[schema.ROLE] == "trial"]
+    parents = [r for r in found if r.data.tags[tags.ROLE] == "study"]
+    children = [r for r in found if r.data.tags[tags.ROLE] == "trial"]
     assert len(parents) == 1
-    assert sorted(r.data.tags[schema.TRIAL] for r in children) == sorted(t.hash for t in plan.trials)
+    assert sorted(r.data.tags[tags.TRIAL] for r in children) == sorted(t.hash for t in plan.trials)
     layout = Layout(root, plan.study.name)
     for run in children:
-        record = load_record(layout.record(run.data.tags[schema.TRIAL]))
-        assert run.data.tags[schema.PARENT_RUN] == parents[0].info.run_id
+        record = load_record(layout.record(run.data.tags[tags.TRIAL]))
+        assert run.data.tags[tags.PARENT_RUN] == parents[0].info.run_id
         assert run.info.status == "FINISHED"
-        assert run.data.tags[schema.STATUS] == record.status
+        assert run.data.tags[tags.STATUS] == record.status
         for key in ("bpb", "n_eff_frac", "layer0/n_eff_frac"):
             logged = [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, key)]
             values = [(e.step, e.bpb if key == "bpb" else e.balance[key]) for e in record.history]
@@ -64,10 +67,10 @@ def test_a_study_is_a_run_and_its_trials_are_children(root: Path) -> None:
     plan = expand(study)
     assert_complete(uri, root, plan)
     client, found = runs(uri)
-    parent = next(r for r in found if r.data.tags[schema.ROLE] == "study")
-    assert (parent.info.status, parent.data.tags[schema.PLAN_HASH]) == ("FINISHED", plan.hash)
-    assert parent.data.tags[schema.NOTE] == "A title"
-    child = next(r for r in found if r.data.tags.get(schema.TRIAL) == plan.trials[1].hash)
+    parent = next(r for r in found if r.data.tags[tags.ROLE] == "study")
+    assert (parent.info.status, parent.data.tags[tags.PLAN_HASH]) == ("FINISHED", plan.hash)
+    assert parent.data.tags[tags.NOTE] == "A title"
+    child = next(r for r in found if r.data.tags.get(tags.TRIAL) == plan.trials[1].hash)
     assert child.info.run_name == "mirror=1 · seed 0"
     assert child.data.params["tree.mirror"] == "1.0"
     assert child.data.params["train.betas"] == "[0.9, 0.95]"
@@ -80,7 +83,7 @@ def test_a_study_is_a_run_and_its_trials_are_children(root: Path) -> None:
 def test_findings_are_logged_once_to_one_run_of_the_study(root: Path) -> None:
     """Before any run of the study is tracked here, and again after: one run, files replaced."""
     uri, study = default_uri(root), objective.study(seeds=[0], factors={"tree.mirror": [0]})
-    assert publish("cheap", root, ["findings.json"]) is None  # no plan: the study was not run here
+    assert log_report("cheap", root, ["findings.json"]) is None  # no plan: the study was not run here
     (root / "studies").mkdir()
     (root / "studies" / "cheap.yaml").write_text(study.model_dump_json(exclude_unset=True))
     save_plan(Layout(root, "cheap"), expand(study))
@@ -88,19 +91,19 @@ def test_findings_are_logged_once_to_one_run_of_the_study(root: Path) -> None:
     (folder / "figures").mkdir(parents=True)
     (folder / "figures" / "a.svg").write_text("<svg/>")
     (folder / "findings.json").write_text("1")
-    run = publish("cheap", root, ["findings.json", "figures", "index.html"])
+    run = log_report("cheap", root, ["findings.json", "figures", "index.html"])
     assert run is not None
     (folder / "findings.json").write_text("2")
     assert run is not None
-    assert publish("cheap", root, ["findings.json", "figures", "index.html"]) == run
+    assert log_report("cheap", root, ["findings.json", "figures", "index.html"]) == run
     assert run_study(study, root, run=objective.descend, tracker=MlflowTracker(uri)).exit_code == 0
     client, found = runs(uri)
-    [parent] = [r for r in found if r.data.tags[schema.ROLE] == "study"]
+    [parent] = [r for r in found if r.data.tags[tags.ROLE] == "study"]
     assert (parent.info.run_id, parent.info.status, parent.data.params["name"]) == (run, "FINISHED", "cheap")
     assert [a.path for a in client.list_artifacts(run, "report")] == ["report/figures", "report/findings.json"]
     assert Path(client.download_artifacts(run, "report/findings.json", str(root))).read_text() == "2"
     with pytest.raises(ConfigError, match="no MLflow answers there"):
-        publish("cheap", root, ["findings.json"], tracking="http://127.0.0.1:9")
+        log_report("cheap", root, ["findings.json"], tracking="http://127.0.0.1:9")
 
 
 def test_an_evaluation_is_logged_to_the_trials_run_beside_its_own_metrics(root: Path) -> None:
@@ -110,17 +113,17 @@ def test_an_evaluation_is_logged_to_the_trials_run_beside_its_own_metrics(root: 
     quality = Quality(corpus="other", data_hash="d" * 12, bpb=2.5, error=float("inf"), tokens=9, bytes=9)
     found = Evaluated(trial=trial, tokenizer_hash="e" * 12, quality=[quality], scores=[])
     (root / "evaluation.json").write_text(found.model_dump_json())
-    [run] = publish_evaluation(found, [root / "evaluation.json"], root)
+    [run] = log_evaluation(found, [root / "evaluation.json"], root)
     client, _ = runs(uri)
     logged = client.get_run(run).data
-    assert logged.tags[schema.TRIAL] == trial
+    assert logged.tags[tags.TRIAL] == trial
     assert logged.metrics["evaluation/bpb/other"] == 2.5
     assert "evaluation/bpb/other/error" not in logged.metrics, "an error that is not finite is not a number to plot"
     assert [a.path for a in client.list_artifacts(run, "evaluation")] == ["evaluation/evaluation.json"]
     assert_complete(uri, root, expand(study))
-    assert publish_evaluation(found.model_copy(update={"trial": "f" * 12}), [], root) == []
+    assert log_evaluation(found.model_copy(update={"trial": "f" * 12}), [], root) == []
     with pytest.raises(ConfigError, match="no MLflow answers there"):
-        publish_evaluation(found, [], root, tracking="http://127.0.0.1:9")
+        log_evaluation(found, [], root, tracking="http://127.0.0.1:9")
 
 
 def evaluation(step: int) -> Evaluation:
@@ -176,8 +179,8 @@ def test_a_resumed_trial_goes_on_in_its_run_without_doubled_metrics(root: Path) 
     first.abandon("killed", "stopped when asked")
     settle()
     client, found = runs(uri)
-    child = next(r for r in found if r.data.tags[schema.ROLE] == "trial")
-    assert (child.info.status, child.data.tags[schema.STATUS]) == ("KILLED", "killed")
+    child = next(r for r in found if r.data.tags[tags.ROLE] == "trial")
+    assert (child.info.status, child.data.tags[tags.STATUS]) == ("KILLED", "killed")
     again = tracker.open_trial(plan.trials[0], layout)  # from its checkpoint at step 5: step 10 comes a second time
     for step in (10, 15):
         again.evaluated(evaluation(step))
@@ -187,7 +190,7 @@ def test_a_resumed_trial_goes_on_in_its_run_without_doubled_metrics(root: Path) 
     assert len(found) == 2
     assert sorted(m.step for m in client.get_metric_history(child.info.run_id, "bpb")) == [0, 5, 10, 15]
     run = client.get_run(child.info.run_id)
-    assert (run.info.status, run.data.tags[schema.STATUS]) == ("FINISHED", "diverged")
+    assert (run.info.status, run.data.tags[tags.STATUS]) == ("FINISHED", "diverged")
     assert run.inputs is not None
     assert run.inputs.dataset_inputs[0].dataset.digest == CARD["data_hash"]
     assert not spool_path(layout, plan.trials[0].hash).exists()
@@ -204,7 +207,7 @@ def test_a_killed_process_leaves_nothing_unsent_that_the_next_run_does_not_send(
     save_record(layout, ended(plan, [0, 5]), root / "nothing")
     tracker.end_study(plan, layout, "finished")
     client, found = runs(uri)
-    child = next(r for r in found if r.data.tags[schema.ROLE] == "trial")
+    child = next(r for r in found if r.data.tags[tags.ROLE] == "trial")
     assert child.info.status == "FINISHED"
     assert sorted((m.step, m.value) for m in client.get_metric_history(child.info.run_id, "bpb")) == [
         (0, 4.0),

@@ -12,15 +12,17 @@ from mlflow.exceptions import MlflowException
 
 from ablate.config import ConfigError, load_study
 from ablate.evaluation.scores import Evaluated
-from ablate.study.records import Layout, load_plan, load_record
-from ablate.tracking.mlflow import default_uri, experiment_of, metric_name, prepare_store, study_run
+from ablate.results.layout import Layout
+from ablate.results.plan_file import load_plan
+from ablate.results.record import load_record
 from ablate.tracking.spool import finite
+from ablate.tracking.store import default_uri, experiment_of, metric_name, prepare_store, study_run
 
 FOLDER = "report"
 EVALUATION = "evaluation"
 
 
-def publish(study: str, root: Path, names: Iterable[str], *, tracking: str | None = None) -> str | None:
+def log_report(study: str, root: Path, names: Iterable[str], *, tracking: str | None = None) -> str | None:
     """Log files and folders of reports/<study>/ under `report/` of the study's run; the run's id.
 
     The run is that of the plan's space, made where there is none. Logging again replaces. None, and nothing is logged,
@@ -49,9 +51,7 @@ def publish(study: str, root: Path, names: Iterable[str], *, tracking: str | Non
     return run
 
 
-def publish_evaluation(
-    found: Evaluated, files: Iterable[Path], root: Path, *, tracking: str | None = None
-) -> list[str]:
+def log_evaluation(found: Evaluated, files: Iterable[Path], root: Path, *, tracking: str | None = None) -> list[str]:
     """Log an evaluation to the runs of its trial in every study that has it; their ids.
 
     Values go under `evaluation/<name>`, so that they stand beside what the trial itself measured; `files`

@@ -15,13 +15,15 @@ from sqlalchemy import text
 from ablate.balance import metrics, usage
 from ablate.config import ConfigError
 from ablate.evaluation.scores import Score
+from ablate.results.collect import collect
+from ablate.results.columns import BALANCE, HISTORY_SCHEMA, TRIALS_SCHEMA, USAGE_TABLE_SCHEMA
+from ablate.results.layout import Layout
+from ablate.results.record import Record, leaf_deaths, load_record, save_record
 from ablate.study.address import default_storage
 from ablate.study.designs import Plan, expand
 from ablate.study.queue import Queue
-from ablate.study.records import Layout, Record, leaf_deaths, load_record, save_plan, save_record
+from ablate.study.records import save_plan
 from ablate.study.storage import open_storage
-from ablate.tracking.export import collect
-from ablate.tracking.schema import BALANCE, HISTORY_SCHEMA, TRIALS_SCHEMA, USAGE_TABLE_SCHEMA
 from ablate.training.result import Evaluation
 from tests.measured import ablate
 from tests.study import objective

@@ -14,8 +14,8 @@ from pydantic_core import from_json
 from ablate.config import ConfigError
 from ablate.evaluation.scores import Score, columns
 from ablate.files import replacing
-from ablate.study.records import Layout, Record, load_plan
-from ablate.tracking.schema import (
+from ablate.results import layout as files
+from ablate.results.columns import (
     BALANCE,
     COST,
     DEAD,
@@ -32,6 +32,9 @@ from ablate.tracking.schema import (
     TRIALS_SCHEMA,
     USAGE_TABLE_SCHEMA,
 )
+from ablate.results.layout import Layout
+from ablate.results.plan_file import load_plan
+from ablate.results.record import Record
 
 _ROUTING = {name + end for name in ROUTING for end in ("", "_worst")}
 REQUIRED = {name for name, field in Record.model_fields.items() if field.is_required()}
@@ -77,18 +80,18 @@ def collect(study: str, root: Path) -> Path:
         | dict.fromkeys(scores, pl.Float64())
         | {FACTOR + key: _dtype(row[FACTOR + key] for row in trials) for key in keys}
     )
-    _write(_frame(trials, schema), layout.tables / "trials.parquet")
-    _stream(layout, order, layout.usage, USAGE_TABLE_SCHEMA, layout.tables / "usage.parquet")
-    _stream(layout, order, layout.trees, TREES_TABLE_SCHEMA, layout.tables / "trees.parquet")
-    _stream(layout, order, layout.motion, MOTION_TABLE_SCHEMA, layout.tables / "motion.parquet")
+    _write(_frame(trials, schema), layout.tables / files.TRIALS)
+    _stream(layout, order, layout.usage, USAGE_TABLE_SCHEMA, layout.tables / files.USAGE)
+    _stream(layout, order, layout.trees, TREES_TABLE_SCHEMA, layout.tables / files.TREES)
+    _stream(layout, order, layout.motion, MOTION_TABLE_SCHEMA, layout.tables / files.MOTION)
     evaluations = pl.DataFrame(history, {k: t for k, t in HISTORY_SCHEMA.items() if k not in _ROUTING}, strict=False)
-    routing = routing_rows(layout.tables / "trees.parquet")
+    routing = routing_rows(layout.tables / files.TREES)
     evaluations = evaluations.join(routing, on=["trial", "step"], how="left", maintain_order="left")
-    _write(evaluations.select(list(HISTORY_SCHEMA)), layout.tables / "history.parquet")
+    _write(evaluations.select(list(HISTORY_SCHEMA)), layout.tables / files.HISTORY)
     if pruned:
-        _write(pl.DataFrame(pruned, PRUNE_SCHEMA, strict=False), layout.tables / "prune.parquet")
+        _write(pl.DataFrame(pruned, PRUNE_SCHEMA, strict=False), layout.tables / files.PRUNE)
     else:
-        (layout.tables / "prune.parquet").unlink(missing_ok=True)
+        (layout.tables / files.PRUNE).unlink(missing_ok=True)
     return layout.tables
 
 

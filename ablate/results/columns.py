@@ -1,49 +1,17 @@
-"""Every metric, parameter and tag name of MLflow's runs and every column of the exported tables, once."""
+"""Every column of the exported tables, with its type."""
 
 from __future__ import annotations
 
 import polars as pl
 
+from ablate.balance.metrics import FLAGS, SUMMARY
 from ablate.balance.usage import MOTION_SCHEMA, TREES_SCHEMA, USAGE_SCHEMA
+from ablate.model.counts import Cost
 
-# Tags of MLflow runs. `mlflow.*` are MLflow's own.
-PARENT_RUN = "mlflow.parentRunId"
-RUN_NAME = "mlflow.runName"
-NOTE = "mlflow.note.content"
-STUDY = "ablate.study"
-SPACE = "ablate.space"
-ROLE = "ablate.role"  # study or trial
-TRIAL = "ablate.trial"  # the trial's hash
-ARM = "ablate.arm"
-KIND = "ablate.kind"
-SEED = "ablate.seed"
-STATUS = "ablate.status"  # finished, diverged, pruned, killed or failed: more than MLflow's own states say
-MESSAGE = "ablate.message"
-PLAN_HASH = "ablate.plan_hash"
-DESIGN = "ablate.design"
-GIT_COMMIT = "ablate.git_commit"
-GIT_DIRTY = "ablate.git_dirty"
-DATA_HASH = "ablate.data_hash"
-TOKENIZER_HASH = "ablate.tokenizer_hash"
-MACHINE = "ablate.machine"
-DEVICE = "ablate.device"
-THREADS = "ablate.threads"
-VERSIONS = "ablate.versions"  # JSON: package to version
+COST = tuple(Cost.model_fields)
 
-# Metrics at each evaluation, beside the balance metrics of BALANCE and `layer<i>/<name>`.
-BPB = "bpb"
-TRAIN_LOSS = "train_loss"
-LR = "lr"
-TOKENS = "tokens"
-TRAIN_SECONDS = "train_seconds"
-# Metrics once, at the end.
-TOKENS_PER_SECOND = "tokens_per_second"
-SECONDS = "seconds"
-COST = ("total_params", "active_params", "total_units", "active_units", "active_frac", "flops_per_token")
-
-# Balance metrics with a mean over trees and layers and a worst tree; balance.metrics.summary computes them.
-WITH_WORST = ("n_eff_frac", "dead_frac", "never_hit", "max_vio", "gini", "bits_lost", "branch_imbalance")
-FLAGS = ("collapse", "n_eff_resolved", "dead_resolved")
+# Balance metrics with a mean over trees and layers and a worst tree.
+WITH_WORST = tuple(SUMMARY)
 BALANCE = tuple(name + end for name in WITH_WORST for end in ("", "_worst")) + FLAGS
 
 # Columns of balance.usage.TREES_SCHEMA at the end of a trial, mean over layers and trees, with the tables' names.

@@ -1,0 +1,192 @@
+"""MLflow's store: make it ready, serve its pages, find the runs of a study, put values in the form it takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from mlflow.entities import Dataset, DatasetInput, Experiment, InputTag, Param, ViewType
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from sqlalchemy.engine import make_url
+
+from ablate.config import ConfigError, Section, Study
+from ablate.results.layout import Layout
+from ablate.tracking import tags as names
+
+PARAMS_A_BATCH = 100
+JOBS = "MLFLOW_SERVER_ENABLE_JOB_EXECUTION"
+
+
+def default_uri(root: Path) -> str:
+    """The SQLite database under the project's state folder, as an absolute URI."""
+    return f"sqlite:///{(root / 'state' / 'mlflow.db').resolve()}"
+
+
+def prepare_store(uri: str) -> MlflowClient:
+    """Make the tracking store ready, once, before several processes use it: create it, migrate an old one.
+
+    Raises:
+        ConfigError: the URI is none, or no usable server or database answers.
+    """
+    file = sqlite_file(uri)
+    if file is None:
+        return _checked(uri)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # Four processes that open a fresh database at once leave it half migrated and unusable.
+    with FileLock(file.with_name(f".{file.name}.lock")):
+        try:
+            with sqlite3.connect(file) as connection:
+                connection.execute("PRAGMA journal_mode=WAL")
+            connection.close()
+        except sqlite3.Error as error:
+            raise ConfigError(f"tracking is {uri!r}: the database cannot be used: {error}") from None
+        return _checked(uri)
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The file of an SQLite URI, None for any other."""
+    if not uri.startswith("sqlite:"):
+        return None
+    database = make_url(uri).database
+    if not database or not Path(database).is_absolute():
+        raise ConfigError(f"tracking is {uri!r}: an absolute path is expected, sqlite:////path/to/mlflow.db")
+    return Path(database)
+
+
+def _checked(uri: str) -> MlflowClient:
+    if uri.split(":")[0] not in {"sqlite", "postgresql", "mysql", "mssql", "http", "https"}:
+        raise ConfigError(f"tracking is {uri!r}: sqlite:////path, postgresql://… or http(s)://… is expected")
+    client = MlflowClient(uri)
+    try:
+        client.search_experiments(max_results=1)
+    except MlflowException as error:
+        if "out-of-date database schema" not in str(error):
+            raise ConfigError(f"tracking is {uri!r}: no MLflow answers there ({first_line(error)})") from None
+        upgrade = [sys.executable, "-m", "mlflow", "db", "upgrade", uri]
+        done = subprocess.run(upgrade, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise ConfigError(
+                f"tracking is {uri!r}: its database could not be migrated; run {' '.join(upgrade)}"
+            ) from None
+        client = MlflowClient(uri)
+        client.search_experiments(max_results=1)
+    return client
+
+
+def serve(root: Path, port: int = 5000, uri: str | None = None) -> int:
+    """Run MLflow's UI on 127.0.0.1 (it has no authentication) until Ctrl-C; prints its address. Returns its exit code.
+
+    Raises ConfigError for a store that cannot be used, and for a port that is taken.
+    """
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(root)
+    if uri.startswith("http"):
+        print(f"MLflow runs at {uri}")
+        return 0
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ConfigError(f"port is {port}: it cannot be used ({error.strerror}); choose another") from None
+    studies = prepare_store(uri).search_experiments(order_by=["name"])
+    address = f"http://127.0.0.1:{port}"
+    print(f"MLflow at {address} (Ctrl-C ends it)", flush=True)
+    for study in studies:
+        # Without the workflow type MLflow 3 opens an experiment on its pages for prompts and traces, not on its runs.
+        if study.name != "Default":
+            print(
+                f"  {study.name}: {address}/#/experiments/{study.experiment_id}/runs?workflowType=machine_learning",
+                flush=True,
+            )
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--workers", "1"]
+    try:
+        # Its job workers serve prompts and traces, which are not used here.
+        return subprocess.run(command, check=False, env={**os.environ, JOBS: "false"}).returncode
+    except KeyboardInterrupt:
+        return 130
+
+
+def study_run(
+    client: MlflowClient, experiment: str, study: Study, space: str, notes: Sequence[str]
+) -> tuple[str, bool]:
+    """The run of a study and its space, made where there is none; and whether it was made just now."""
+    wanted = f"tags.`{names.ROLE}` = 'study' and tags.`{names.SPACE}` = '{space}'"
+    found = client.search_runs([experiment], wanted, run_view_type=ViewType.ACTIVE_ONLY, max_results=1)
+    if found:
+        return str(found[0].info.run_id), False
+    tags = {
+        names.ROLE: "study",
+        names.STUDY: study.name,
+        names.SPACE: space,
+        names.DESIGN: study.design,
+        names.NOTE: "\n\n".join(part for part in (study.title, study.notes, *notes) if part),
+    }
+    run = client.create_run(experiment, tags=tags, run_name=study.name)
+    for batch in batches(flat(study.model_dump(mode="json"))):
+        client.log_batch(run.info.run_id, params=batch)
+    return str(run.info.run_id), True
+
+
+def experiment_of(client: MlflowClient, uri: str, layout: Layout) -> str:
+    """The experiment of a study, made where there is none and restored where it was deleted."""
+    found: Experiment | None = client.get_experiment_by_name(layout.study)
+    if found is None:
+        # Artifacts lie beside a local database; a server decides itself.
+        local = sqlite_file(uri) is not None
+        artifacts = (layout.state / "artifacts" / layout.study).resolve().as_uri() if local else None
+        return str(client.create_experiment(layout.study, artifact_location=artifacts))
+    if found.lifecycle_stage != "active":
+        client.restore_experiment(found.experiment_id)
+    return str(found.experiment_id)
+
+
+def dataset(card: dict[str, Any]) -> DatasetInput:
+    """Return a corpus's data card as an input of a run."""
+    source = card["source"]
+    dataset = Dataset(
+        name=str(source.get("name") or source.get("source") or "corpus"),
+        digest=str(card["data_hash"])[:36],
+        source_type="local",
+        source=json.dumps(source),
+        profile=json.dumps(card),
+    )
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
+
+
+def flat(data: Any, prefix: str = "") -> dict[str, str]:
+    """Nested settings as dotted parameters; lists as JSON."""
+    if isinstance(data, Section):
+        data = data.model_dump(mode="json")
+    if not isinstance(data, dict):
+        return {prefix: data if isinstance(data, str) else json.dumps(data)}
+    found: dict[str, str] = {}
+    for key, value in data.items():
+        found |= flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return found
+
+
+def batches(params: dict[str, str]) -> Iterator[list[Param]]:
+    """Yield parameters in groups that one request can hold."""
+    items = [Param(metric_name(key), value[:6000]) for key, value in params.items()]
+    for start in range(0, len(items), PARAMS_A_BATCH):
+        yield items[start : start + PARAMS_A_BATCH]
+
+
+def metric_name(key: str) -> str:
+    """A parameter's or metric's name with the characters that MLflow takes."""
+    return "".join(c if c.isalnum() or c in "_-. :/" else "_" for c in key)[:250]
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text, shortened."""
+    return str(error).strip().splitlines()[0][:200]
