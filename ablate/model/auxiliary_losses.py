@@ -10,30 +10,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def node_responses(x: Tensor, w_nodes: Tensor, b: Tensor | None, thresholds: Tensor | None) -> Tensor:
-    """z - t of every node, [N, K, M], for x [N, d] and node rows w_nodes [K, M, d]."""
+def node_responses(x: Tensor, w_nodes: Tensor, b: Tensor | None) -> Tensor:
+    """Return z of every node, [N, K, M], for x [N, d], node rows w_nodes [K, M, d] and biases b [K, M]."""
     z = torch.einsum("nd,kmd->nkm", x, w_nodes)
-    if b is not None:
-        z = z + b[:, : w_nodes.shape[1]]
-    return z if thresholds is None else z - thresholds
+    return z if b is None else z + b
 
 
-def leaky_leaves(z: Tensor, depth: int, leak: float) -> Tensor:
-    """Leaves int32 [N, K] when each decision is turned round with chance `leak` (fastfeedforward's region leak)."""
-    goes_right = (z > 0) ^ (torch.rand(z.shape, device=z.device) < leak)
-    node = torch.zeros(z.shape[:2], dtype=torch.int64, device=z.device)
+def leaky_leaves(margin: Tensor, depth: int, leak: float) -> Tensor:
+    """Return leaves int32 [N, K] of z - t [N, K, M] when each decision is turned round with chance `leak`.
+
+    That is fastfeedforward's region leak.
+    """
+    goes_right = (margin > 0) ^ (torch.rand(margin.shape, device=margin.device) < leak)
+    node = torch.zeros(margin.shape[:2], dtype=torch.int64, device=margin.device)
     for _ in range(depth):
         node = 2 * node + 1 + goes_right.gather(2, node[..., None]).squeeze(2)
     return (node - ((1 << depth) - 1)).int()
 
 
-def load_loss(z: Tensor, leaves: Tensor, depth: int) -> Tensor:
-    """Switch-style loss L · sum_l f_l P_l, mean over trees (arXiv 2101.03961; on tree paths 2405.16836); 1 when uniform.
+def load_loss(margin: Tensor, leaves: Tensor, depth: int) -> Tensor:
+    """Return the Switch-style loss L · sum_l f_l P_l, mean over trees, of z - t [N, K, M] and leaves [N, K].
 
-    f_l is the share of tokens routed to leaf l, P_l the mean probability of its path when each node were a sigmoid.
+    It is 1 when leaves are used evenly (arXiv 2101.03961; on tree paths 2405.16836). f_l is the share of tokens
+    routed to leaf l, P_l the mean probability of its path when each node were a sigmoid.
     """
-    log_right, log_left = F.logsigmoid(z), F.logsigmoid(-z)
-    path = z.new_zeros(*z.shape[:2], 1)
+    log_right, log_left = F.logsigmoid(margin), F.logsigmoid(-margin)
+    path = margin.new_zeros(*margin.shape[:2], 1)
     for level in range(depth):
         here = slice((1 << level) - 1, (1 << (level + 1)) - 1)
         path = torch.stack([path + log_left[..., here], path + log_right[..., here]], dim=-1).flatten(2)

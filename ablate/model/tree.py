@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -14,13 +15,7 @@ from ablate.kernels.op import route, tree_feedforward
 from ablate.kernels.reference import path_nodes
 from ablate.kernels.spec import TreeSpec, is_identity
 from ablate.model import auxiliary_losses, init
-
-CENTRING_RATE = 0.2
-"""eta of `routing: centred`, times the learning-rate schedule."""
-MIN_TOKENS = 4
-"""Nodes that fewer tokens reached in a step keep their threshold."""
-RUNNING = 0.1
-"""Weight of the newest step in running means and deviations."""
+from ablate.model.routing import Rule, rules
 
 
 def tree_spec(tree: Tree) -> TreeSpec:
@@ -54,8 +49,6 @@ class TreeFeedForward(nn.Module):
     thresholds: Tensor
     deviation: Tensor
     input_mean: Tensor
-    _seen: Tensor
-    _inputs: Tensor
     router_w: Tensor | None
     router_b: Tensor | None
 
@@ -84,16 +77,15 @@ class TreeFeedForward(nn.Module):
         frozen = self.tree.router == "frozen"
         self.register_buffer("router_w", torch.empty(k, m, d_model) if frozen else None)
         self.register_buffer("router_b", torch.empty(k, m) if frozen and self.tree.bias else None)
-        # What one optimizer step saw, over its micro-batches: tokens, rights, sum z, sum z² of each node [4, K, M].
-        self.register_buffer("_seen", torch.zeros(4, k, m), persistent=False)
-        self.register_buffer("_inputs", torch.zeros(d_model + 1), persistent=False)
+        self._rules = rules(self.tree)
+        for i, rule in enumerate(self._rules):
+            self.register_buffer(f"_sums{i}", torch.zeros(rule.sums_shape(spec, d_model) or ()), persistent=False)
         self.calibrating = False
         self.last_leaves: Tensor | None = None
         self.last_responses: Tensor | None = None
         self.last_thresholds: Tensor | None = None
         self.last_decisions: Tensor | None = None  # z of the nodes that decided, [N, K, D]
         self.last_load_loss: Tensor | None = None
-        self._router_z = torch.empty(0)  # a frozen router's node responses on the path, [N, K, D]
         self.reset_parameters()
 
     def extra_repr(self) -> str:
@@ -134,7 +126,7 @@ class TreeFeedForward(nn.Module):
         if self.calibrating:
             self.calibrate(x)
         thresholds = self.effective_thresholds()
-        leaves = self._given_leaves(x, thresholds)
+        leaves, decisions = self._route(x, thresholds)
         y, taken, responses = tree_feedforward(
             x,
             self.w_in,
@@ -146,21 +138,21 @@ class TreeFeedForward(nn.Module):
             backend=self.backend,
             node_backward=self.tree.node_backward,
         )
+        decisions = responses[..., : self.spec.depth] if decisions is None else decisions
         self.last_leaves, self.last_responses, self.last_thresholds = taken, responses, thresholds
-        tied = self.router_w is None or self.spec.depth == 0
-        self.last_decisions = responses[..., : self.spec.depth] if tied else self._router_z
+        self.last_decisions = decisions
         if self.training and not _recomputing():
-            self._observe(x, taken, responses)
+            with torch.no_grad():
+                flat = x.reshape(-1, x.shape[-1])
+                for rule, sums in self.step_sums():
+                    sums.add_(rule.sums(self, flat, taken, decisions))
         return y
 
     def effective_thresholds(self) -> Tensor | None:
         """t_n [K, M] of all settings together, None where every one of them is 0."""
-        if self.spec.depth == 0 or (self.tree.routing == "sign" and self.tree.router_input == "raw"):
-            return None
-        if self.tree.router_input == "raw":
-            return self.thresholds
-        w = self.router_w if self.router_w is not None else self.w_in.detach()[:, : self.spec.nodes]
-        return self.thresholds + w @ self.input_mean
+        shifts = [rule.shift(self) for rule in self._rules] if self.spec.depth else []
+        given = [shift for shift in shifts if shift is not None]
+        return functools.reduce(torch.add, given) if given else None
 
     def router(self) -> tuple[Tensor, Tensor | None]:
         """Node rows [K, M, d] and biases [K, M] that decide: the weights' own, or the frozen copy."""
@@ -174,59 +166,41 @@ class TreeFeedForward(nn.Module):
 
         `rate` is the learning-rate schedule's share of its peak. Counts are summed over micro-batches and ranks.
         """
-        sum_over_ranks(self._seen)
-        sum_over_ranks(self._inputs)
-        if self.tree.routing == "centred":
-            tokens, rights, total, squares = self._seen
-            reached = tokens >= MIN_TOKENS
-            n = tokens.clamp(min=1)
-            sd = (squares / n - (total / n).square()).clamp(min=0).sqrt()
-            running = torch.where(self.deviation > 0, (1 - RUNNING) * self.deviation + RUNNING * sd, sd)
-            self.deviation.copy_(torch.where(reached, running, self.deviation))
-            move = CENTRING_RATE * rate * self.deviation * (rights / n - 0.5)
-            self.thresholds.add_(torch.where(reached, move, torch.zeros_like(move)))
-        if self.tree.router_input == "centred" and self._inputs[-1] > 0:
-            self.input_mean.lerp_(self._inputs[:-1] / self._inputs[-1], RUNNING)
+        for rule, sums in self.step_sums():
+            sum_over_ranks(sums)
+            rule.step(self, sums, rate)
         self.forget_step()
 
     def forget_step(self) -> None:
         """Drop what the optimizer step under way has seen so far."""
-        self._seen.zero_()
-        self._inputs.zero_()
+        for _, sums in self.step_sums():
+            sums.zero_()
 
-    def _given_leaves(self, x: Tensor, thresholds: Tensor | None) -> Tensor | None:
-        """Leaves decided apart from the kernel: by the frozen router, or for the reference arms; None otherwise."""
-        if self.spec.depth == 0:
-            return None
-        w, b = self.router()
+    def step_sums(self) -> list[tuple[Rule, Tensor]]:
+        """Return the rules, each with what it has added up in the optimizer step under way."""
+        return [(rule, self.get_buffer(f"_sums{i}")) for i, rule in enumerate(self._rules)]
+
+    def _route(self, x: Tensor, thresholds: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Return leaves [N, K] where the kernel does not decide, and responses [N, K, D] of nodes that are not its own.
+
+        None stands for what the kernel decides or returns. It does not decide with a frozen router, nor in training
+        with the auxiliary losses.
+        """
         self.last_load_loss = None
+        depth = self.spec.depth
+        if depth == 0:
+            return None, None
+        w, b = self.router()
         if self.training and (self.region_leak or self.load_loss):
-            z = auxiliary_losses.node_responses(x.reshape(-1, x.shape[-1]), w, b, thresholds)
-            leaves = auxiliary_losses.leaky_leaves(z.detach(), self.spec.depth, self.region_leak)
+            z = auxiliary_losses.node_responses(x.reshape(-1, x.shape[-1]), w, b)
+            margin = z if thresholds is None else z - thresholds
+            leaves = auxiliary_losses.leaky_leaves(margin.detach(), depth, self.region_leak)
             if self.load_loss:
-                self.last_load_loss = auxiliary_losses.load_loss(z, leaves, self.spec.depth)
-            return leaves
+                self.last_load_loss = auxiliary_losses.load_loss(margin, leaves, depth)
+            return leaves, None if self.router_w is None else z.detach().gather(2, path_nodes(leaves, depth))
         if self.router_w is None:
-            return None
-        leaves, self._router_z = route(x, w, b, self.spec, thresholds=thresholds, backend=self.backend)
-        return leaves
-
-    @torch.no_grad()
-    def _observe(self, x: Tensor, leaves: Tensor, responses: Tensor) -> None:
-        """Add one micro-batch to what this optimizer step saw, for the settings that need it."""
-        if self.tree.router_input == "centred":
-            self._inputs[:-1] += x.detach().reshape(-1, x.shape[-1]).sum(0)
-            self._inputs[-1] += leaves.shape[0]
-        if self.tree.routing != "centred" or self.spec.depth == 0:
-            return
-        frozen = self.router_w is not None
-        z = (self._router_z if frozen else responses[..., : self.spec.depth]).to(self._seen.dtype)
-        nodes = path_nodes(leaves, self.spec.depth)
-        levels = torch.arange(self.spec.depth, device=leaves.device)
-        right = ((leaves.long()[..., None] >> (self.spec.depth - 1 - levels)) & 1).to(z.dtype)
-        slot = (nodes + torch.arange(self.spec.trees, device=nodes.device)[:, None] * self.spec.nodes).flatten()
-        for row, values in enumerate((torch.ones_like(z), right, z, z * z)):
-            self._seen[row].view(-1).add_(torch.bincount(slot, values.flatten(), self._seen[row].numel()))
+            return None, None
+        return route(x, w, b, self.spec, thresholds=thresholds, backend=self.backend)
 
     def _orthogonal(self, mean: Tensor) -> Tensor:
         # A generator of its own: called before and after data is seen, it must draw the same directions.

@@ -38,7 +38,7 @@ def test_gradients_and_statistics_are_the_same_bit_for_bit(backend: str) -> None
         assert torch.equal(one, other)
     for first, second in zip(plain.trees(), again.trees(), strict=True):
         # Each token is counted once, though each was computed twice.
-        assert second._seen[0, :, 0].tolist() == [64.0, 64.0]
+        assert second.step_sums()[0][1][0, :, 0].tolist() == [64.0, 64.0]
         first.finish_step()
         second.finish_step()
         assert torch.equal(first.thresholds, second.thresholds)

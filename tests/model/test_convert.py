@@ -364,7 +364,7 @@ def test_a_converted_model_is_saved_and_loaded(
         assert torch.equal(logits(loaded.eval(), ids), expected)
         # Loading goes through memory that was never written; a first step must not see it.
         layer = loaded.get_submodule(first.name).tree
-        assert not layer._seen.any()
+        assert not any(sums.any() for _, sums in layer.step_sums())
         loaded.train()(ids)
         layer.finish_step()
         assert layer.thresholds.isfinite().all()
