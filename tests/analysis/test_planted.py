@@ -143,6 +143,18 @@ def test_factor_analysis_finds_what_was_planted_and_nothing_else(studies: int, n
 
 
 @pytest.mark.parametrize("studies", STUDIES)
+@pytest.mark.parametrize("interaction", [0.0, 0.5, 1.0, 2.0])
+def test_an_interaction_is_not_taken_for_a_main_effect(studies: int, interaction: float) -> None:
+    rng = np.random.default_rng([8, int(10 * interaction)])
+    # b and c interact and neither has a main effect: each factor's levels have the same mean over the other's.
+    d, (_, b, c, *_), noise = factorial(rng, studies, 3)
+    tests = effects.anova(d, noise + interaction * (2 * b - 1) * (c - 1) / np.sqrt(2 / 3))
+    for t in tests[:3]:
+        false = (t.p < 0.05).mean()
+        assert seen(f"F test of {t.term[0]}, interaction {interaction} sd", false) <= at_most(0.05, studies)
+
+
+@pytest.mark.parametrize("studies", STUDIES)
 def test_a_mixture_of_modes_is_never_averaged_and_a_single_mode_always_is(studies: int) -> None:
     rng = np.random.default_rng(6)
     fell = rng.random((studies, 8)) < 0.4
