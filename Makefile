@@ -28,7 +28,7 @@ $(VENV)/.installed-dev: constraints.txt pyproject.toml | $(BIN)/python
 repro: $(VENV)/.installed ## Run the default pipeline: data, study, findings, report.
 	$(BIN)/dvc repro
 
-figures: $(VENV)/.installed ## Draw every published report anew from its stored tables (no training).
+figures: $(VENV)/.installed ## Draw every published report from its stored tables (no training).
 	$(BIN)/ablate figures
 
 # Files in their own order: xdist would put those of few tests last, and the longest of all, the interpreter lane, is one.
@@ -52,7 +52,7 @@ docs: docs-settings ## Build the documentation into build/docs, without a networ
 docs-settings: $(VENV)/.installed-dev ## Write the tables of settings in docs/studies.md from the code.
 	$(BIN)/python -m tools.settings_page
 
-lock: ## Write constraints.txt anew from the newest allowed versions.
+lock: ## Write constraints.txt from the newest allowed versions.
 	rm -rf $(VENV).lock && $(PYTHON) -m venv $(VENV).lock
 	$(VENV).lock/bin/python -m pip install --quiet --editable '.[hub,ray,qa,dev]'
 	{ echo '# Exact versions of everything; refreshed with `make lock`. Triton is left out: torch'"'"'s own pin decides it on a GPU machine.'; \

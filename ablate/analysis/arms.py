@@ -1,4 +1,4 @@
-"""Arms: which runs count, which arm the others are held against, and the straight reading of each one's balance."""
+"""Arms: which runs count, which arm the others are compared with, and the straight reading of each one's balance."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ Array = NDArray[np.float64]
 Claim = Literal["lower", "higher", "matches", "differs"]
 ALPHA = 0.05
 _EXACT = 16  # sign-flip enumerates up to 2^16 patterns; above that it samples
-_PATTERNS = 4096  # sign patterns that are held at a time
+_PATTERNS = 4096  # sign patterns in memory at a time
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ Activation = tuple[str, float, str]
 
 @dataclass(frozen=True)
 class Pair:
-    """The dense controls that an arm is held against."""
+    """The dense controls that an arm is compared with."""
 
     arm: str
     total: str

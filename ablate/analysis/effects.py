@@ -65,7 +65,7 @@ def design(codes: dict[str, NDArray[np.int64]], seeds: NDArray[np.int64]) -> Des
     """Design of runs with factor levels `codes` (0-based, [N] each) and seeds (0-based, [N]).
 
     An interaction is left out where it adds less than its full degrees of freedom (an unfinished or fractional grid).
-    Raises ValueError where even the main effects cannot be told apart.
+    Raises ValueError where even the main effects cannot be separated.
     """
     n = len(seeds)
     parts = [np.ones((n, 1))]
@@ -87,10 +87,10 @@ def design(codes: dict[str, NDArray[np.int64]], seeds: NDArray[np.int64]) -> Des
 
     mains = {name: sum_coding(c) for name, c in codes.items()}
     if seeds.max() > 0 and not add(BLOCK, sum_coding(seeds)):
-        raise ValueError("seeds cannot be told apart from the intercept")
+        raise ValueError("seeds cannot be separated from the intercept")
     for name, block in mains.items():
         if not add((name,), block):
-            raise ValueError(f"factor {name!r} cannot be told apart from the others in these runs")
+            raise ValueError(f"factor {name!r} cannot be separated from the others in these runs")
     left_out = []
     for a, b in itertools.combinations(codes, 2):
         product = (mains[a][:, :, None] * mains[b][:, None, :]).reshape(n, -1)
@@ -248,7 +248,7 @@ def level_effect(d: Design, fitted: Fit, factor: str, level: int, base: int) -> 
 
 
 def standing(tests: Sequence[Test], adjusted: Array, alpha: float) -> dict[Term, Array]:
-    """For each main effect, whether an interaction that contains it stands (adjusted p < alpha) [...]: it is then no
+    """For each main effect, whether an interaction that contains it is significant (adjusted p < alpha) [...]: it is then no
     answer.
 
     `adjusted` [..., terms] in the order of `tests`.

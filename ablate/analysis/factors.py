@@ -24,7 +24,7 @@ def analyse_factors(
 ) -> dict[str, Any]:
     """Type II analysis per endpoint (name to margin), as {terms, findings, withheld}.
 
-    Findings are level effects: of a factor over all cells where no interaction that contains it stands, else its simple
+    Findings are level effects: of a factor over all cells where no interaction that contains it is significant, else its simple
     effects at the levels of the factors it interacts with. Both are paired over seeds (HC3 where no two seeds can be
     paired), and both families, terms and level effects, are adjusted by Benjamini-Hochberg.
     """

@@ -230,8 +230,8 @@ def restored(tables: Tables, runs: Runs, frame: pl.DataFrame, reference: str | N
                 e = contrasts.paired([a[s] - b[s] for s in shared], level=0.90)
                 bound = float(e.high)
                 quality = bound < tables.study.margin
-        told = rows["informativeness"].to_numpy(), rows["informativeness_shuffled"].to_numpy()
-        informative = bool(np.nanmean(told[0]) > np.nanmean(told[1])) if rows["informativeness"].count() else None
+        pair = rows["informativeness"].to_numpy(), rows["informativeness_shuffled"].to_numpy()
+        informative = bool(np.nanmean(pair[0]) > np.nanmean(pair[1])) if rows["informativeness"].count() else None
         needed = [dead_ok, quality] + ([informative] if informative is not None else [])
         base = None if any(v is None for v in needed) and all(v is not False for v in needed) else all(needed)
         out.append(

@@ -22,7 +22,7 @@ UNITS = {"bpb": "bits per byte", "n_eff_frac": "share of leaves in effective use
 
 @dataclass(frozen=True)
 class Comparison:
-    """One planned comparison: `claim` says how `arm` stands to `reference` on `endpoint`."""
+    """One planned comparison: `claim` says how `arm` compares with `reference` on `endpoint`."""
 
     arm: str
     reference: str

@@ -22,7 +22,7 @@ from ablate.balance.usage import counts_from, nodes_from, steps_of
 from ablate.config import ConfigError
 
 BAR = 12
-"""Characters of a bar that stands for all tokens of a tree."""
+"""Characters of a bar that means all tokens of a tree."""
 MAX_STEPS = 60
 """Evaluations that a page holds at most, spread over the run, the first and the last among them."""
 
@@ -71,7 +71,7 @@ def page(frame: pl.DataFrame, title: str) -> str:
     policy = (
         f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'"
     )
-    # "<" inside JSON strings would let a text close the element it stands in; here all are numbers, and it stays so.
+    # "<" inside JSON strings would let a text close the element it is in; here all are numbers, and it stays so.
     payload = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     safe = {"css": css, "script": script, "payload": payload}

@@ -95,7 +95,7 @@ class SkewPrediction:
     """What skew adds to the prediction, with seeds as the unit."""
 
     seeds: tuple[int, ...]
-    """Seeds on which an AUC could be taken: held out in turn, with lost and kept sides among their rows."""
+    """Seeds on which an AUC could be taken: left out in turn, with lost and kept sides among their rows."""
     auc_base: tuple[float, ...]
     """By share, traffic, level and offset, on each held-out seed."""
     auc_skew: tuple[float, ...]

@@ -234,7 +234,7 @@ class Deaths:
     """What happened to each leaf between the first and the last of S evaluations; arrays [..., L], steps as indices.
 
     Imbalance at birth (`never_alive`, dead at the start), transient collapse (`died` and alive again) and self-pruning
-    (`pruned`) are told apart.
+    (`pruned`) are separated.
     """
 
     alive_at_start: Bools
@@ -321,7 +321,7 @@ def ceiling_by(response: Callable[[Ints], Floats], tokens: int, depth: int) -> f
 
     `response` takes one node [N] (heap index) for each token and gives its z [N]. From the root down, each threshold
     is put where it halves those of the first N // 2 tokens that reach the node; the rest are routed by it. Tokens
-    should stand in the order of the text, so that the halves are different documents. A very frequent token cannot be
+    should be in the order of the text, so that the halves are different documents. A very frequent token cannot be
     split, which is what keeps this under 1. Raises ValueError for fewer than 2 tokens.
     """
     if tokens < 2:

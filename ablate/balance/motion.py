@@ -24,7 +24,7 @@ from ablate.model.transformer import evaluating
 from ablate.model.tree import TreeFeedForward
 
 GATHER_BUDGET = 1 << 22
-"""Floats of gathered router rows held at a time."""
+"""Floats of gathered router rows in memory at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from ablate.kernels.reference import node_slope, path_nodes, path_rows
 from ablate.kernels.spec import NodeBackward, TreeSpec
 
 GATHER_BUDGET = 1 << 23
-"""Floats of gathered weight rows held at a time."""
+"""Floats of gathered weight rows in memory at a time."""
 
 
 def node_gradients(

@@ -62,7 +62,7 @@ class UsageCounter:
         return total.cpu().view(self._shape)
 
     def take(self) -> NDArray[np.int64]:
-        """The counts summed over ranks; starts anew."""
+        """Return the counts summed over ranks, and start again from zero."""
         total: NDArray[np.int64] = self.total().numpy()
         self._counts.zero_()
         return total
@@ -230,7 +230,7 @@ class Probe:
     def _compare(self) -> dict[str, NDArray[np.float64]]:
         """What is known of each tree beside its counts, [layers, K]."""
         result, shape = self._result, self._counts.shape[:2]
-        told = metrics.informativeness(result.leaves, result.tokens, np.random.default_rng(0))
+        found = metrics.informativeness(result.leaves, result.tokens, np.random.default_rng(0))
         traffic = (
             np.concatenate(metrics.node_counts(self._counts)[:-1], axis=-1, dtype=np.float64)
             if (self._counts.shape[-1] > 1)
@@ -240,8 +240,8 @@ class Probe:
         before, self._previous = self._previous, result.leaves
         return {
             "flip_rate": np.full(shape, np.nan) if before is None else metrics.flip_rate(before, result.leaves),
-            "informativeness": told.observed,
-            "informativeness_shuffled": told.shuffled,
+            "informativeness": found.observed,
+            "informativeness_shuffled": found.shuffled,
             "ceiling": result.ceiling,
             "path_asymmetry": np.repeat(result.path_asymmetry[:, None], shape[1], axis=1),
             "grad_skew": weighted_mean(result.skew, traffic),

@@ -88,7 +88,7 @@ def prune(
     path = out or found.with_name(PRUNED)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_model(path, pruned, trial, tokenizer)
-    # Only a trial's own weights on its own corpus stand beside its result.
+    # Only a trial's own weights on its own corpus are compared with its result.
     kept = save_prune(ROOT, trial.hash(), report) if data is None and is_own(found, trial, ROOT) else []
     table = report_table(report)
     if as_json:

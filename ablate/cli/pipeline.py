@@ -136,7 +136,7 @@ def report(
 
 
 def _log(name: str, files: list[str]) -> None:
-    """Log what was written to MLflow; it stands on disk whatever comes of that."""
+    """Log what was written to MLflow; the files on disk do not depend on it."""
     from ablate.tracking.log_report import log_report
 
     try:
@@ -148,7 +148,7 @@ def _log(name: str, files: list[str]) -> None:
 @app.command()
 @example("publish laptop")
 def publish(name: Name) -> None:
-    """Keep a study's tables beside its report, in reports/NAME/data, from which `ablate figures` draws it anew."""
+    """Copy a study's tables to reports/NAME/data, from which `ablate figures` draws its report."""
     from ablate.report import published
 
     print(published.publish(name, ROOT))
@@ -162,7 +162,7 @@ def figures(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Draw the reports of published studies anew from their kept tables; exit code 1 where any of their data differ."""
+    """Draw the reports of published studies from their kept tables; exit code 1 where any of their data differ."""
     from ablate.report import published
 
     known = published.published(ROOT)

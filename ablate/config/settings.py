@@ -169,7 +169,7 @@ class Model(Section):
     context: Annotated[int, Field(ge=2)] = 256
     """Tokens a sequence."""
     feedforward: Literal["tree", "dense", "none", "moe"] = "tree"
-    """Which layer stands where a transformer has its MLP."""
+    """Which layer replaces the transformer's MLP."""
 
     @model_validator(mode="after")
     def _divides(self) -> Self:

@@ -38,7 +38,7 @@ class Factor(Section):
     levels: Annotated[list[Scalar], Field(min_length=1)] | None = None
     range: Levels | None = None
     when: dict[str, Scalar] = {}
-    """The factor exists only where these other factors have these levels; elsewhere the base's value stands."""
+    """The factor exists only where these other factors have these levels; elsewhere the base's value is used."""
 
     @model_validator(mode="after")
     def _one(self) -> Self:
@@ -118,9 +118,9 @@ class Study(Section):
     warm_start: str | None = None
     """`search`: an earlier search of the same factors, shown to the sampler before the first candidate."""
     margin: Annotated[float, Field(gt=0)] = 0.01
-    """bpb within which two arms are held to be equal."""
+    """bpb within which two arms count as equal."""
     min_effect_n_eff: Annotated[float, Field(gt=0)] = 0.05
-    """n_eff_frac within which two arms are held to be equally balanced."""
+    """n_eff_frac within which two arms count as equally balanced."""
 
     @model_validator(mode="before")
     @classmethod

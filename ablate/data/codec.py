@@ -1,4 +1,4 @@
-"""Tokenizers that lose nothing: each token stands for known bytes, so that bits per byte compare across tokenizers."""
+"""Tokenizers that lose nothing: each token is a known string of bytes, so that bits per byte compare across tokenizers."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ LARGEST_ID = 2**31 - 2
 
 
 class Codec(Protocol):
-    """A tokenizer: vocab_size entries, of which `end_id` marks the end of a document and stands for no bytes."""
+    """A tokenizer: vocab_size entries, of which `end_id` marks the end of a document and has no bytes."""
 
     vocab_size: int
     end_id: int
     token_bytes: npt.NDArray[np.int32]
-    """[vocab_size], the bytes behind each id; 0 for the end mark and for ids that stand for nothing."""
+    """[vocab_size], the bytes behind each id; 0 for the end mark and for ids without bytes."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """Ids of each text, without end marks. A mark's spelling inside a text is text, not the mark."""

@@ -39,7 +39,7 @@ _WIKITEXT_TITLE = re.compile(r" = [^=].* = \n?")
 
 @dataclass(frozen=True)
 class Document:
-    """One text with a name that says where it stands in its source (never a machine's absolute path)."""
+    """One text with a name that says where it is in its source (never a machine's absolute path)."""
 
     name: str
     text: str

@@ -36,7 +36,7 @@ KEPT_POSITIONS = 16
 
 
 class Position(Section):
-    """Where one rank's stream stands: the windows from here on follow from it alone."""
+    """The position of one rank's stream; it alone decides the windows that follow."""
 
     key: str
     """Digest of what must not change: source, tokenizer, context, seed, shuffling, ranks."""

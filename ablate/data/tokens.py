@@ -38,7 +38,7 @@ Progress = Callable[[str, int, int | None], None]
 FORMAT = 1
 """Raised when the same settings would give other files, so that old folders are not mistaken for new ones."""
 PART_BYTES = 16 * 1024 * 1024
-"""Text held in memory at a time."""
+"""Text in memory at a time."""
 BATCH_BYTES = 2 * 1024 * 1024
 """Text encoded at a time."""
 EDGE = 32 * 1024 * 1024
@@ -94,7 +94,7 @@ class Prepared:
 def prepare(corpus: Corpus, root: Path, *, force: bool = False, progress: Progress | None = None) -> Prepared:
     """Make a corpus ready, or open it where that is done already; safe when several processes call it at once.
 
-    A folder that is damaged is made anew; `force` makes any anew. Raises ConfigError for a source that is missing,
+    A damaged folder is made again; `force` makes any folder again. Raises ConfigError for a source that is missing,
     empty or unreadable, and for a corpus too small to have training and validation documents.
     """
     root.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ def prepare(corpus: Corpus, root: Path, *, force: bool = False, progress: Progre
             try:
                 return load(corpus, root)
             except ConfigError as error:
-                _log.warning("%s; preparing it anew", error)
+                _log.warning("%s; preparing it again", error)
         work, partial, old = (root / f".{key}.{what}" for what in ("work", "partial", "old"))
         for left in (work, partial, old):
             shutil.rmtree(left, ignore_errors=True)
@@ -383,7 +383,7 @@ def _batches(table: pl.DataFrame) -> Iterator[pl.DataFrame]:
 
 
 def _source(corpus: Corpus) -> dict[str, Any]:
-    """The settings that matter, by name; for the Hub with what a preset stands for."""
+    """The settings that matter, by name; for the Hub with the settings of its preset."""
     settings = {k: v for k, v in corpus.model_dump(mode="json").items() if v is not None}
     if corpus.source == "hub":
         arguments = corpora.hub_arguments(corpus, Path())
@@ -426,4 +426,4 @@ def _map(path: Path, dtype: np.dtype[Any], length: int) -> Stream:
 
 
 def _damaged(path: Path, what: str) -> ConfigError:
-    return ConfigError(f"token file {str(path)!r} is {what}; run `ablate prepare` to make it anew")
+    return ConfigError(f"token file {str(path)!r} is {what}; run `ablate prepare` to make it again")

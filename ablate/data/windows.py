@@ -1,4 +1,4 @@
-"""Windows of a packed stream: which stands where in the training order, and the fixed ones a model is evaluated on."""
+"""Windows of a packed stream: their places in the training order, and the fixed ones a model is evaluated on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Batch = dict[str, Tensor]
 
 
 class DataOrder:
-    """Which window of a stream stands at which place of the training order; pure, and the same on every machine.
+    """Return which window of a stream is at which place of the training order; pure, and the same on every machine.
 
     The order goes through epochs. In each, the stream is cut on a grid of `context` tokens that starts at a random
     offset (so that windows differ between epochs), and the windows come in a random order. Places are counted over the

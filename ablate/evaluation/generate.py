@@ -1,7 +1,7 @@
 """Generation: one token a step behind a key-value cache, for one prompt or a batch of them.
 
 A prompt and what was written may outgrow the model's context C. Then the model sees a window that starts at a multiple
-of C/2 and holds more than C/2 tokens: it moves once every C/2 tokens, and only then the cache is filled anew.
+of C/2 and holds more than C/2 tokens: it moves once every C/2 tokens, and only then the cache is filled again.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def stream(
     try:
         prompt.encode()
     except UnicodeEncodeError:
-        raise ConfigError(f"prompt is {prompt!r}: it is not text, a lone surrogate stands in it") from None
+        raise ConfigError(f"prompt is {prompt!r}: it is not text, it contains a lone surrogate") from None
     ids = codec.encode_batch([prompt])[0].tolist()
     choose = (sampling or Sampling()).sampler()
     writer, text = Writer(model, [ids or [codec.end_id]], model.context, cached=cached), TextPieces(codec)
@@ -154,7 +154,7 @@ def stream(
 
 
 class TextPieces:
-    """Ids to text as they come: what may be the start of a character is held back until it is one, or cannot be."""
+    """Ids to text as they come: what may be the start of a character waits until it is one, or cannot be."""
 
     def __init__(self, codec: Codec) -> None:
         self._codec = codec
@@ -173,5 +173,5 @@ class TextPieces:
         return piece
 
     def rest(self) -> str:
-        """What is still held back, at the end."""
+        """Return what still waits, at the end."""
         return self._codec.decode(self._pending)[self._shown :]

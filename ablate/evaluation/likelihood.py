@@ -18,7 +18,7 @@ from ablate.model.transformer import Transformer
 BATCH_TOKENS = 16384
 """Tokens of a batch, padding included; a shared prefix counts for every row that shares it."""
 LOGIT_ROWS = 2048
-"""Positions whose logits over the vocabulary are held at once."""
+"""Positions whose logits over the vocabulary are in memory at once."""
 
 Logits = Callable[[Tensor], Tensor]
 """Any causal model: ids int64 [B, T] to logits [B, T, V]."""
@@ -78,7 +78,7 @@ class Scorer:
             contexts = list(dict.fromkeys(context for context, _ in batch))
             cache = model.cache(len(contexts), max(map(len, contexts)))
             model.features(pad(contexts, self.device), cache)
-            # Every row ends with its own last token, so no padding stands behind the model's last position.
+            # Every row ends with its own last token, so no padding follows the last position.
             width = max(len(continuation) for _, continuation in batch)
             inputs = [context + continuation[:-1] for context, continuation in batch]
             starts = [max(0, len(ids) - width) for ids in inputs]

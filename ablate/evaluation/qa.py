@@ -42,7 +42,7 @@ def wrap_logits(
 ) -> TemplateLM:
     """Any causal model, a callable from ids [B, T] to logits [B, T, V] with T up to `context`, for the harness.
 
-    `end_id` stands before a text without context, as in the harness's Hugging Face adapter.
+    `end_id` comes before a text without context, as in the harness's Hugging Face adapter.
     """
     return wrap(Scorer(model, context), encode=encode, decode=decode, end_id=end_id)
 

@@ -21,7 +21,7 @@ STEP_TOKENS = 8
 class Cache:
     """Keys and values of the tokens that each of B rows has seen; rows may differ in length.
 
-    Give it to `Transformer.forward` or `features`: the tokens [B, T] of that call stand at positions lengths[r] … of
+    Give it to `Transformer.forward` or `features`: the tokens [B, T] of that call are at positions lengths[r] … of
     row r and see what the row holds, and afterwards each row is T longer. Rows of unequal length are padded on the
     right, and `rewind` then forgets the padding. Valid as long as the weights stay as they are. Only for inference:
     nothing here has gradients.
@@ -30,7 +30,7 @@ class Cache:
     def __init__(self, layers: int, rows: int, capacity: int, heads: int, width: int, like: Tensor) -> None:
         self.lengths = [0] * rows
         self.capacity = capacity
-        # Zeros, not whatever memory held: a masked NaN is still a NaN.
+        # Zeros, not what was in memory: a masked NaN is still a NaN.
         self.keys = [like.new_zeros(rows, heads, capacity, width) for _ in range(layers)]
         self.values = [like.new_zeros(rows, heads, capacity, width) for _ in range(layers)]
         self.steps: list[TreeStep | None] = [None] * layers

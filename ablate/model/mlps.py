@@ -23,11 +23,11 @@ from ablate.model.dense import DenseFeedForward
 from ablate.model.tree import TreeFeedForward
 
 TOLERANCE = 1e-4
-"""Relative difference up to which a block's own output and the formula read out of it are held to be the same."""
+"""Relative difference up to which a block's own output and the formula read out of it count as the same."""
 
 
 class TreeMlp(nn.Module):
-    """What stands where an MLP stood: dropout(tree(x) + bias) over x [..., d].
+    """Replace an MLP by dropout(tree(x) + bias) over x [..., d].
 
     The bias [d] belongs to the wrapper: a tree layer has no output bias, most MLPs have one.
     """

@@ -6,7 +6,7 @@ Per tree, one after the other, each on what the earlier ones left uncovered:
    fitted (ridge regression) to send a token towards the cluster that matters more to it, its bias halves the node's
    tokens. Alternating the two steps is two-means with a linear boundary; MoEfication (arXiv 2110.01786) clusters
    co-activated neurons in the same spirit, but without a tree and into disjoint experts.
-2. Leaves. A leaf takes the W neurons that matter most to the tokens it gets; a neuron may stand in several leaves.
+2. Leaves. A leaf takes the W neurons that matter most to the tokens it gets; a neuron may be in several leaves.
 3. Outputs. Rows of w_out start as the neurons' own and are refitted together (ridge, towards where they started), so
    that the layer's output is closest to the MLP's; nodes start at 0. What is left of the mean goes into the wrapper's
    bias.
@@ -56,7 +56,7 @@ class Placement:
 
 
 def check(mlp: DenseMlp, tree: Tree) -> None:
-    """Raise ConfigError, naming the setting, where dense neurons cannot stand in such a tree."""
+    """Raise ConfigError, naming the setting, where dense neurons cannot be placed in such a tree."""
     wanted = {"activation": mlp.activation, "mirror": 0.0, "gain": "raw", "placement": "unit", "bias": True}
     for field, value in wanted.items():
         if getattr(tree, field) != value:
@@ -143,7 +143,7 @@ class _Inputs:
 
 
 class _Deal:
-    """Neurons in random order; dealt anew when all are out."""
+    """Neurons in random order; shuffled again when all are used."""
 
     def __init__(self, count: int, generator: torch.Generator) -> None:
         self.count, self.generator = count, generator

@@ -159,7 +159,7 @@ def keep(layer: TreeFeedForward, living: NDArray[np.bool_]) -> RaggedFeedForward
 
 
 def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Put `layer` where the submodule called `name` stood."""
+    """Replace the submodule called `name` by `layer`."""
     parent, _, own = name.rpartition(".")
     setattr(model.get_submodule(parent), own, layer)
 

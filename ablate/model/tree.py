@@ -98,7 +98,7 @@ class TreeFeedForward(nn.Module):
         return self.tree.init in {"orthogonal", "median_split"} or self.tree.router_input == "centred"
 
     def reset_parameters(self) -> None:
-        """Initialise anew, as far as that goes without data; `calibrate` does the rest."""
+        """Initialise again, as far as possible without data; `calibrate` does the rest."""
         init.uniform_(self.w_in, self.b, self.w_out, self.tree.active_units, self._generator)
         with torch.no_grad():
             if self.tree.init == "zero_bias" and self.b is not None:

@@ -125,7 +125,7 @@ class Context:
             return f"Drawn: the {len(self.shown)} best of {len(self.trees)} candidates; all of them are in the tables."
         return (
             f"Drawn: {len(self.shown)} of {len(self.trees)} arms (the reference, named arms and an even choice over "
-            "n_eff_frac); all of them stand in the tables."
+            "n_eff_frac); all of them are in the tables."
         )
 
     @cached_property

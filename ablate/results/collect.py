@@ -45,7 +45,7 @@ ROW_GROUP = 1_000_000
 def collect(study: str, root: Path) -> Path:
     """Write tables/<study>/{trials,history,usage,trees,motion,prune}.parquet from results/<study>/; same results, same bytes.
 
-    Rows stand in the plan's order (a search's in the order of its trials' hashes). Results of an earlier plan that are
+    Rows are in the plan's order (a search's in the order of its trials' hashes). Results of an earlier plan that are
     no longer part of it are left out. prune.parquet is there only where a trial was pruned.
 
     Raises:

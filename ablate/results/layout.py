@@ -83,7 +83,7 @@ class Layout:
         }
 
     def tables_of(self, trial: str) -> list[Path]:
-        """The tables that lie beside a trial's record."""
+        """Return the tables in a trial's folder."""
         return [path for path in self.side_tables(trial).values() if path.exists()]
 
     def prune(self, trial: str, threshold: float) -> Path:

@@ -47,7 +47,7 @@ class Plan:
     notes: tuple[str, ...]
     """What a reader must know: derived sizes, aliases of a fraction."""
     hash: str
-    """Of all that decides the outcome: the study without title and notes, and the base it stands on."""
+    """Of all that decides the outcome: the study without title and notes, and its base."""
     space: str
     """Of what makes results comparable: design, base, factor names (for a search also their ranges), objectives."""
 

@@ -132,7 +132,7 @@ def where(error: BaseException) -> str:
 
 
 def host() -> str:
-    """This machine's name, as it stands in worker names."""
+    """Return this machine's name, as used in worker names."""
     return os.uname().nodename.replace(":", "_")
 
 

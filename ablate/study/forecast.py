@@ -25,7 +25,7 @@ from ablate.training.result import Evaluation
 PROBE_STEPS = 20
 # Of a worker process until its first trial trains: imports of torch, Lightning, Optuna and MLflow.
 START_SECONDS = 8.0
-# Random candidates of a search whose cost stands for all.
+# Random candidates of a search whose mean cost is taken for all.
 CANDIDATES = 4
 
 
@@ -76,7 +76,7 @@ def forecast(study: Study, root: Path, *, workers: int = 1, data_root: Path | No
 
 
 def _candidates(study: Study, count: int) -> tuple[list[Trial], list[str]]:
-    """Return trials that stand for those of a search: a few random candidates in turn."""
+    """Return trials like those of a search: a few random candidates in turn."""
     space = Space(study)
     drawn = space.possible(np.random.default_rng(0), CANDIDATES, 1000)
     some = [space.trial(space.candidate(chosen), study.seeds[0]) for chosen in drawn]

@@ -71,7 +71,7 @@ class Fraction:
         """The fraction in words, for the plan."""
         count = len(self.levels) - len(self.generators)
         lines = [f"fraction: {2**count} of {2 ** len(self.levels)} runs, resolution {self.resolution}"]
-        return lines + [f"aliased, cannot be told apart: {' = '.join(group)}" for group in self.aliases()]
+        return lines + [f"aliased, cannot be separated: {' = '.join(group)}" for group in self.aliases()]
 
     def _name(self, word: Word) -> str:
         return "·".join(key for key in self.levels if key in word)

@@ -128,7 +128,7 @@ class RayEngine:
 
 
 def _task(job: Job, name: str, mailbox: Any) -> None:
-    """The worker, told to stop through the mailbox."""
+    """Ask the worker to stop, through the mailbox."""
     stop, done = threading.Event(), threading.Event()
 
     def look() -> None:

@@ -38,7 +38,7 @@ class Finished:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudyStatus:
-    """How a study stands now."""
+    """The present state of a study."""
 
     study: str
     design: str
@@ -62,7 +62,7 @@ class StudyStatus:
 
 
 def status(name: str, root: Path, storage: str | None = None) -> StudyStatus:
-    """How the study stands. Raises ConfigError where it was never started."""
+    """Return the study's state. Raises ConfigError where it was never started."""
     layout = Layout(root, name)
     plan = load_plan(layout)
     if plan is None:

@@ -1,4 +1,4 @@
-"""Optuna's database: how it is opened, made safe for several workers, and held by one of them at a time."""
+"""Optuna's database: how it is opened, made safe for several workers, and locked by one of them at a time."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class TrialTracker(Observer, Protocol):
         ...
 
     def close(self) -> None:
-        """Nothing follows, whether or not the trial's end could be told."""
+        """End the trial's tracking; nothing follows, even where the end could not be sent."""
         ...
 
 

@@ -34,7 +34,7 @@ from ablate.tracking.store import default_uri, prepare_store, sqlite_file
 from ablate.tracking.tracker import MlflowTracker
 
 KEPT = {files.MODEL, files.PRUNED, files.EVALUATION, files.ITEMS}
-"""What lies beside a finished trial's weights for good: training's, `ablate prune`'s and `ablate evaluate`'s."""
+"""Files that stay in a finished trial's folder: training's, `ablate prune`'s and `ablate evaluate`'s."""
 
 
 @dataclass(frozen=True, slots=True)

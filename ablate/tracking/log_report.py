@@ -54,7 +54,7 @@ def log_report(study: str, root: Path, names: Iterable[str], *, tracking: str | 
 def log_evaluation(found: Evaluated, files: Iterable[Path], root: Path, *, tracking: str | None = None) -> list[str]:
     """Log an evaluation to the runs of its trial in every study that has it; their ids.
 
-    Values go under `evaluation/<name>`, so that they stand beside what the trial itself measured; `files`
+    Values go under `evaluation/<name>`, so that they do not replace what the trial itself measured; `files`
     become artifacts under `evaluation/`. Evaluating again adds the new values and replaces the files.
 
     Raises:

@@ -119,7 +119,7 @@ def _logged(client: MlflowClient, run_id: str, uri: str) -> tuple[Trial, dict[st
 
 
 def _nested(params: dict[str, str]) -> dict[str, Any]:
-    """Dotted parameters as nested settings; texts stand as they are, everything else as JSON."""
+    """Dotted parameters as nested settings; texts are read as they are, everything else as JSON."""
     data: dict[str, Any] = {}
     for key, text in params.items():
         *sections, field = key.split(".")

@@ -30,7 +30,7 @@ class Spool:
         """Add an event; it is in the file when this returns."""
         line = json.dumps(event)
         with self.path.open("a", encoding="utf-8") as file:
-            # A line that a crash cut short is closed off, so that this one starts anew.
+            # A line that a crash cut short is ended, so that this one starts on a new line.
             file.write(line + "\n" if self._whole() else "\n" + line + "\n")
         self.events.append(event)
 
@@ -55,7 +55,7 @@ class Spool:
 
     @property
     def last(self) -> Event:
-        """The last event of the trial itself; the note of its run's id may stand behind it."""
+        """The last event of the trial itself; the note of its run's id may follow it."""
         return next((e for e in reversed(self.events) if e["event"] != "run"), {})
 
     def _whole(self) -> bool:

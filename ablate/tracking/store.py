@@ -141,7 +141,7 @@ def experiment_of(client: MlflowClient, uri: str, layout: Layout) -> str:
     """The experiment of a study, made where there is none and restored where it was deleted."""
     found: Experiment | None = client.get_experiment_by_name(layout.study)
     if found is None:
-        # Artifacts lie beside a local database; a server decides itself.
+        # Artifacts go next to a local database; a server decides itself.
         local = sqlite_file(uri) is not None
         artifacts = (layout.state / "artifacts" / layout.study).resolve().as_uri() if local else None
         return str(client.create_experiment(layout.study, artifact_location=artifacts))

@@ -73,9 +73,9 @@ class Observer(Protocol):
     """Watches a trial from outside: tracking and pruning are implementations, so training knows neither."""
 
     def evaluated(self, evaluation: Evaluation) -> bool:
-        """Told of every evaluation; True asks the trial to stop as pruned."""
+        """Receive every evaluation; return True to ask the trial to stop as pruned."""
         ...
 
     def stepped(self, step: int, total: int) -> bool:
-        """Told after every optimizer step; True asks it to save and stop as killed."""
+        """Called after every optimizer step; return True to ask it to save and stop as killed."""
         ...

@@ -87,7 +87,7 @@ def _check_devices(trial: Trial) -> None:
 
 
 def _other_rank(place: Place, *, trial: Trial, data_root: Path, folder: Path, threads: int | None) -> None:
-    """A process beside rank 0: trains with it, and leaves what is written and told to it."""
+    """A process beside rank 0: trains with it, and leaves files and reports to it."""
     prepared = prepare(trial.corpus, data_root)
     _run(place, trial, prepared, data_root, folder, threads, None, time.perf_counter())
 

@@ -78,7 +78,7 @@ def test_what_cannot_be_estimated_is_left_out_or_refused() -> None:
     seeds = np.repeat([0, 1, 2], 4)
     half = effects.design({"a": a, "b": b, "c": (a + b) % 2}, seeds)  # c is aliased with a:b
     assert set(half.left_out) == {("a", "b"), ("a", "c"), ("b", "c")}
-    with pytest.raises(ValueError, match="'b' cannot be told apart"):
+    with pytest.raises(ValueError, match="'b' cannot be separated"):
         effects.design({"a": a, "b": a}, seeds)
 
 

@@ -458,7 +458,7 @@ def test_a_damaged_file_is_named_with_the_remedy_and_the_remedy_works(
     damage(done.folder / name)
     told = fails(corpus, root, load)
     assert told.startswith(f"token file {str(done.folder / name)!r} is {message}")
-    assert told.endswith("; run `ablate prepare` to make it anew")
+    assert told.endswith("; run `ablate prepare` to make it again")
     prepare(corpus, root)
     assert contents(load(corpus, root).folder) == before
 

@@ -121,7 +121,7 @@ def test_a_fraction_prints_its_aliases() -> None:
     plan = expand(study(factors=factors, fraction=["tree.gain = tree.mirror * tree.placement * tree.bias"]))
     assert len(plan.arms) == 8
     assert plan.notes[0] == "fraction: 8 of 16 runs, resolution 4"
-    assert "aliased, cannot be told apart: tree.mirror·tree.placement = tree.bias·tree.gain" in plan.notes
+    assert "aliased, cannot be separated: tree.mirror·tree.placement = tree.bias·tree.gain" in plan.notes
 
 
 @pytest.mark.parametrize("sign", ["", "-"])

@@ -69,7 +69,7 @@ def importances(model: Surrogate, objective: str, pools: list[Array], rng: np.ra
     """Functional analysis of variance of the surrogate over the space as the study file gives it, uniformly.
 
     `value` is the share of the surrogate's variance that a factor explains alone, `total` the share that goes when it
-    is held still (interactions included). Intervals are 95% percentiles over resampled candidates.
+    is kept fixed (interactions included). Intervals are 95% percentiles over resampled candidates.
     """
     space = settle(_uniform(model.axes, 400, rng), model.axes, pools, rng)
     whole = model.kernel(space)

@@ -221,14 +221,14 @@ def headline(search: Search, candidates: list[dict[str, Any]], finalists: list[d
     out.append(_gain(search, best))
     falls = [f for f in finalists if f["fall"] is not None]
     if falls:
-        told = []
+        words = []
         for o in search.objectives:
             own = [f["fall"] for f in falls if f["objective"] == o]
             if own:
                 word = "worse" if np.mean(own) > 0 else "better"
-                told.append(f"{abs(float(np.mean(own))):.4f} {word} in {o}")
+                words.append(f"{abs(float(np.mean(own))):.4f} {word} in {o}")
         out.append(
-            f"On fresh seeds the {len({f['arm'] for f in falls})} finalists are on average {', '.join(told)} than in the race."
+            f"On fresh seeds the {len({f['arm'] for f in falls})} finalists are on average {', '.join(words)} than in the race."
         )
     elif not fresh:
         out.append(

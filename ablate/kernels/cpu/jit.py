@@ -12,7 +12,7 @@ def jit(function: Callable[..., Any] | None = None, *, fastmath: Set[str] = froz
     """Compile a kernel on its first call; `fastmath` names LLVM's permitted rewrites.
 
     Where neither the package's folder nor the user's cache can be written, Numba refuses to decorate at all; such a
-    machine compiles anew in every process instead.
+    machine compiles again in every process instead.
     """
     if function is None:
         return lambda f: jit(f, fastmath=fastmath)

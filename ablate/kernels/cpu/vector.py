@@ -222,7 +222,7 @@ def _make_combine(results: int) -> Callable[..., Any]:
 
     combine.__doc__ = f"""y_i (+)= sum_s coef[c0 + ci·i + cs·s] · row_s for {results} rows listed from dst[i0].
 
-    Over `count` source rows listed from src[s0]; `add` keeps what the results held before.
+    Over `count` source rows listed from src[s0]; `add` adds to what the results were before.
     """
     return intrinsic(combine)
 

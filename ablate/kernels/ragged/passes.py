@@ -41,7 +41,7 @@ def _by_leaf(leaves, k, t0, t1, first, starts, order):
 
 @jit
 def _path(leaf, paths, length, nodes, width, base, step, ws):
-    """Addresses of a leaf's path: `length` of its nodes, then its units; `nodes` rows stand before the first leaf's."""
+    """Addresses of a leaf's path: `length` of its nodes, then its units; `nodes` rows come before the first leaf's."""
     for l in range(length):
         ws[l] = base + paths[leaf, l] * step
     for j in range(width):
@@ -319,7 +319,7 @@ def gradients(
                         total += dz_part[i * rows + j]
                     gb[row + j] += total
             if wants_out:
-                # A node stands as one column without leaf units behind it.
+                # A node is one column without leaf units behind it.
                 activate(taken, count, rows, 0 if task < nodes else width, acts, False, h_part, part)
                 sums(gs, 0, count, h_part, 1, rows, outof, rows, d, True)
             p += count

@@ -182,7 +182,7 @@ def device_name(device: torch.device) -> str:
 
 
 def forget_choices() -> None:
-    """Choose anew from now on; for after the table of measurements has changed."""
+    """Forget earlier choices, after the table of measurements has changed."""
     _choose.cache_clear()
 
 

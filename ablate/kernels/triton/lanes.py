@@ -1,4 +1,4 @@
-"""What the lanes of a weight tile stand for: the geometry that all tile kernels share. Jit functions only."""
+"""The meaning of the lanes of a weight tile: the geometry that all tile kernels share. Jit functions only."""
 # mypy: ignore-errors
 # Triton's jit functions take blocks and constexprs that Python's types cannot describe.
 
@@ -20,7 +20,7 @@ def _heap_levels(LANES: tl.constexpr):
 
 @triton.jit
 def lanes(tile, first, level, width, group, row_base, HEIGHT: tl.constexpr, LANES: tl.constexpr):
-    """What the lanes of a tile stand for: their rows of w_in or w_out within the tree, and which of them exist; [LANES].
+    """Return what the lanes of a tile mean: their rows of w_in or w_out within the tree, and which of them exist; [LANES].
 
     `first` is the first unit of a leaf tile (0 but for leaves wider than a tile), `row_base` the first leaf unit's row.
     """

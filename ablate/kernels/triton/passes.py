@@ -57,7 +57,7 @@ class Pass:
         *,
         with_leaves: bool,
     ) -> tuple[Tensor, Tensor, Order | None]:
-        """Leaves [N, K] and responses [N, K, D (+ W)]: down the tree stage by stage, tokens sorted anew before each.
+        """Leaves [N, K] and responses [N, K, D (+ W)]: down the tree stage by stage, tokens sorted again before each.
 
         Also the last order of the tokens, for passes over the same leaves.
         """

@@ -70,7 +70,7 @@ def interactions(c: Context) -> View:
         f"{' × '.join(short(x) for x in t['term'])} interact on {ENDPOINT[t['endpoint']]} (partial ω² {t['omega2']:.2f}): "
         "neither is read alone."
         for t in standing
-    ] or ["No interaction stands after adjustment; main effects can be read alone."]
+    ] or ["No interaction is significant after adjustment; main effects can be read alone."]
     if effects["left_out"]:
         view.reading.append(
             f"{len(effects['left_out'])} interaction term(s) cannot be estimated from these runs and are left out."

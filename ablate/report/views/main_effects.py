@@ -33,7 +33,7 @@ def main_effects(c: Context) -> View:
             "low": (e["interval"] or [None])[0],
             "high": (e["interval"] or [None, None])[1],
             "n": e["n"],
-            "read": "simple effects only" if e["suppressed"] else "stands alone" if len(e["term"]) == 1 else "",
+            "read": "simple effects only" if e["suppressed"] else "can be read alone" if len(e["term"]) == 1 else "",
             "runs": e["run_ids"],
         }
         for e in effects["terms"]
@@ -66,12 +66,13 @@ def _effect_reading(c: Context) -> list[str]:
         names = [" × ".join(short(x) for x in t["term"]) for t in sorted(own, key=lambda t: -t["omega2"])]
         out.append(
             f"{cap(ENDPOINT[endpoint])}: "
-            + (f"{', '.join(names)} matter (adjusted p < .05)." if names else "no term stands out.")
+            + (f"{', '.join(names)} matter (adjusted p < .05)." if names else "no term matters (adjusted p < .05).")
         )
         held = [short(t["term"][0]) for t in terms if t["endpoint"] == endpoint and t["suppressed"]]
         if held:
             out.append(
-                f"{', '.join(held)} cannot be read alone for {ENDPOINT[endpoint]}: an interaction stands, so simple effects are listed."
+                f"{', '.join(held)} cannot be read alone for {ENDPOINT[endpoint]}: an interaction is significant. "
+                "Simple effects are listed."
             )
     out += [
         f"{cap(ENDPOINT[w['endpoint']])} is not analysed: {w['reason']}." for w in c.findings["effects"]["withheld"]
@@ -190,7 +191,7 @@ def _level_figure(c: Context, view: View) -> None:
     view.figures.append(
         (
             "level_effects",
-            "Levels against their base level (marks as in the verdicts); simple effects where an interaction stands",
+            "Levels against their base level (marks as in the verdicts); simple effects where an interaction is significant",
             figure,
         )
     )

@@ -19,7 +19,7 @@ def candidates(c: Context) -> View:
     view = View("candidates", "Candidates and finalists", "What did the search find, and does it hold on fresh seeds?")
     search = c.findings["search"]
     view.reading = list(search["headline"])
-    view.reading += [f"Held still: {n}" for n in search["held"]] + [f"Not possible: {n}" for n in search["left_out"]]
+    view.reading += [f"Kept fixed: {n}" for n in search["held"]] + [f"Not possible: {n}" for n in search["left_out"]]
     if not sound(c):
         view.missing = nothing(c)
     _finalists(c, view)

@@ -35,10 +35,10 @@ def importances(c: Context) -> View:
         "How to read this",
         "Functional analysis of variance of a Gaussian process fitted to the candidates' mean over seeds, over the space "
         "as the study file gives it. `alone` averages over all other settings; `with interactions` is what goes when the "
-        "setting is held still.",
+        "setting is kept fixed.",
         "Intervals resample candidates. A share is never under 0, so an interval that starts near 0 shows nothing.",
         "The sampler chose the candidates and looked where it was good, so settings may vary together there and poor regions "
-        "are thin: two settings that always moved together cannot be told apart. Impossible combinations count in the "
+        "are thin: two settings that always moved together cannot be separated. Impossible combinations count in the "
         "space as the surrogate guesses them.",
         "These are leads, not effects: an importance has no direction, and a factorial or confirm study tests one.",
     ]
