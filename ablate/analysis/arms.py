@@ -7,10 +7,11 @@ from typing import Any
 
 import polars as pl
 
-from ablate.analysis.frames import FACTOR, QA, Tables
+from ablate.analysis.frames import Tables
+from ablate.config.endpoints import RESTORED
+from ablate.results.columns import FACTOR, QA
 
 DEAD_TARGET = 0.01
-RESTORED = 0.8
 PARTIAL = 0.5
 DIP = 0.05  # n_eff_frac below both ends by more than this counts as a transient collapse
 SEARCH_KINDS = ("search", "finalist")
@@ -51,7 +52,7 @@ def outcomes(tables: Tables, *, finalists: bool = False) -> pl.DataFrame:
     With `finalists`, a search's runs on fresh seeds as well; elsewhere they are left out, for a candidate's racing mean
     and its mean on fresh seeds are two things.
 
-    A diverged run stays: its bpb is the untrained model's (`bpb_start`), for that is what its user is left with; its
+    A diverged run stays: its quality is the untrained model's (column `bpb_start`), for that is what its user is left with; its
     balance is the last one measured; its answers are at chance (scores without a chance level stay unknown). Pruned and
     killed runs never reached the end and are left out (see `exclusions`).
     """
@@ -63,9 +64,10 @@ def outcomes(tables: Tables, *, finalists: bool = False) -> pl.DataFrame:
     frame = frame.with_columns(
         pl.when(lost).then(pl.coalesce(c, f"{c}_last")).otherwise(pl.col(c)).alias(c) for c in last
     ).drop(f"{c}_last" for c in last)
+    quality = tables.study.quality
     guessed = [c for c in frame.columns if c.startswith(QA) and f"{c}/chance" in frame.columns]
     return frame.with_columns(
-        pl.when(lost).then(pl.col("bpb_start")).otherwise(pl.col("bpb")).alias("bpb"),
+        pl.when(lost).then(pl.col(quality.start)).otherwise(pl.col(quality.name)).alias(quality.name),
         *(pl.when(lost).then(pl.col(f"{c}/chance").max()).otherwise(pl.col(c)).alias(c) for c in guessed),
     )
 
@@ -76,7 +78,9 @@ def exclusions(tables: Tables) -> list[dict[str, Any]]:
     for r in tables.trials.filter(pl.col("status") != "finished").iter_rows(named=True):
         kept = r["status"] == "diverged" and r["kind"] != "tune"
         reason = {
-            "diverged": "diverged; kept, with the bpb of the untrained model" if kept else "diverged",
+            "diverged": f"diverged; kept, with the {tables.study.quality.short} of the untrained model"
+            if kept
+            else "diverged",
             "pruned": "stopped early by the pruner",
             "killed": "stopped before its end",
         }[r["status"]]
@@ -190,7 +194,7 @@ def summaries(tables: Tables) -> list[dict[str, Any]]:
     """
     frame, names = outcomes(tables), labels(tables)
     reference = reference_arm(tables)
-    numbers = ("bpb", *STORY, *BALANCE)
+    numbers = (tables.study.quality.name, *STORY, *BALANCE)
     means = (*COST, "born_dead_frac", "never_alive_frac", "lr")
     every = grouped(tables.evaluation(), ["kind", "status", *(FACTOR + f for f in tables.factors)])
     ended = grouped(frame.sort("arm", "seed"), ["seed", "run_id", *numbers, *means])

@@ -8,7 +8,7 @@ import numpy as np
 
 from ablate.analysis import arms, contrasts
 from ablate.analysis.contrasts import Estimate
-from ablate.analysis.findings import ENDPOINTS, compute
+from ablate.analysis.findings import compute, judged
 from ablate.analysis.frames import Tables
 from ablate.analysis.verdicts import Runs
 from ablate.config import ConfigError
@@ -31,10 +31,11 @@ def compare_tables(a: Tables, b: Tables) -> dict[str, Any]:
     first, second = compute(a), compute(b)
     labels_a, labels_b = ({r["label"]: r["arm"] for r in f["arms"]} for f in (first, second))
     shared = [label for label in labels_a if label in labels_b]
-    runs_a, runs_b = Runs.of(arms.outcomes(a), ENDPOINTS), Runs.of(arms.outcomes(b), ENDPOINTS)
+    endpoints = [e for e in judged(a.study) if e in judged(b.study)]
+    runs_a, runs_b = Runs.of(arms.outcomes(a), endpoints), Runs.of(arms.outcomes(b), endpoints)
     rows: list[dict[str, Any]] = []
     for label in shared:
-        for endpoint in ENDPOINTS:
+        for endpoint in endpoints:
             x = runs_a.values.get((labels_a[label], endpoint), {})
             y = runs_b.values.get((labels_b[label], endpoint), {})
             if x and y:

@@ -12,6 +12,7 @@ import polars as pl
 from ablate.analysis import contrasts
 from ablate.analysis.frames import Tables
 from ablate.analysis.verdicts import Comparison, Runs, findings
+from ablate.config.endpoints import ENDPOINTS
 
 SENSITIVITY = 3.0  # margins that dense(active) must lose to dense(total) for the task to tell layers apart
 TOTAL, ACTIVE = "dense_total", "dense_active"
@@ -64,11 +65,12 @@ def _activation(section: dict[str, Any]) -> Activation:
 
 
 def assay(tables: Tables, runs: Runs, total: str = TOTAL, active: str = ACTIVE) -> dict[str, Any] | None:
-    """Whether this task can tell a good layer from a poor one: bpb of dense(active) minus dense(total), in margins."""
-    best, poor = runs.values.get((total, "bpb"), {}), runs.values.get((active, "bpb"), {})
+    """Whether this task can tell a good layer from a poor one: what dense(active) loses to dense(total), in margins."""
+    quality = tables.study.quality
+    best, poor = runs.values.get((total, quality.name), {}), runs.values.get((active, quality.name), {})
     if not best or not poor:
         return None
-    gap = float(np.mean(list(poor.values())) - np.mean(list(best.values())))
+    gap = quality.sign * float(np.mean(list(poor.values())) - np.mean(list(best.values())))
     ids = [runs.run_ids[arm, s] for arm, v in ((active, poor), (total, best)) for s in v]
     margins = gap / tables.study.margin
     return {"gap": gap, "margins": margins, "sensitive": margins >= SENSITIVITY, "run_ids": ids}
@@ -86,21 +88,23 @@ def insensitive(gap: dict[str, Any] | None) -> str:
 def recovered(
     tables: Tables, runs: Runs, order: list[str], labels: dict[str, str], rng: np.random.Generator
 ) -> list[dict[str, Any]]:
-    """Per arm and pair of controls: (bpb active - bpb arm) / (bpb active - bpb total), records like findings.
+    """Per arm and pair of controls: (active - arm) / (active - total), all three of quality, records like findings.
 
     The interval is Fieller's, over seeds that all three share; null where the gap is not apart from 0. The claim is that
     the share is above 0: p is that of the paired t test of the arm against dense(active), adjusted over this family.
     Inconclusive whatever the numbers where the gap is under three margins: the task cannot tell.
     """
     wanted = [(p, gap) for p in pairs(tables, order) if (gap := assay(tables, runs, p.total, p.active))]
-    margin = tables.study.margin
-    compared = [Comparison(p.arm, p.active, "bpb", "lower", margin, insensitive(gap)) for p, gap in wanted]
+    margin, quality = tables.study.margin, tables.study.quality
+    compared = [
+        Comparison(p.arm, p.active, quality.name, quality.better, margin, insensitive(gap)) for p, gap in wanted
+    ]
     if not compared:
         return []
     out = []
     found = findings(compared, runs, labels, family="recovered", method="bh", rng=rng)
     for f, (pair, gap) in zip(found, wanted, strict=True):
-        arm, total, active = (runs.values.get((name, "bpb"), {}) for name in (pair.arm, pair.total, pair.active))
+        arm, total, active = (runs.values.get((name, quality.name), {}) for name in (pair.arm, pair.total, pair.active))
         seeds = sorted(arm.keys() & total.keys() & active.keys())
         value: float | None = None
         interval: list[float] | None = None
@@ -111,7 +115,7 @@ def recovered(
         record = {key: f[key] for key in kept} | {
             "id": f"recovered/{pair.arm}/{pair.active}",
             "kind": "recovered_share",
-            "endpoint": "bpb",
+            "endpoint": quality.name,
             "unit": "share of the gap between dense(active) and dense(total)",
             "claim": "higher",
             "total": pair.total,
@@ -134,6 +138,9 @@ def _sentence(r: dict[str, Any]) -> str:
     start = f"{r['arm_label']} recovers some of the gap between dense layers of active and total units{own}: "
     if r["effect"] is None:
         return f"{start}{r['verdict']}."
+    of = ENDPOINTS[r["endpoint"]]
     spread = f"{r['interval'][0]:+.0%} to {r['interval'][1]:+.0%}" if r["interval"] else "unbounded"
     verdict = "cannot tell" if any("cannot tell" in reason for reason in r["reasons"]) else r["verdict"]
-    return f"{start}{verdict} ({r['effect']:+.0%} of {r['gap']:.4f} bpb, 95% interval {spread}, n {r['n']})."
+    return (
+        f"{start}{verdict} ({r['effect']:+.0%} of {r['gap']:{of.form}} {of.short}, 95% interval {spread}, n {r['n']})."
+    )

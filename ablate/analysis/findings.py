@@ -15,11 +15,11 @@ from ablate.analysis.mechanism import mechanism
 from ablate.analysis.pruning import pruning
 from ablate.analysis.search.story import story
 from ablate.analysis.verdicts import Comparison, Runs, findings, sentence
-from ablate.config import digest
+from ablate.config import Study, digest
+from ablate.config.endpoints import N_EFF
 from ablate.files import write_text
 
 SCHEMA = "ablate.findings/1"
-ENDPOINTS = ["bpb", "n_eff_frac"]
 
 
 def analyse(name: str, root: Path) -> Path:
@@ -38,13 +38,19 @@ def generator(name: str) -> np.random.Generator:
     return np.random.default_rng(int(digest(name), 16))
 
 
+def judged(study: Study) -> dict[str, float]:
+    """Return the endpoints that every comparison of a study judges, quality and balance, with their margins."""
+    return {endpoint.name: endpoint.margin_of(study) for endpoint in (study.quality, N_EFF)}
+
+
 def compute(tables: Tables) -> dict[str, Any]:
     """All findings of a study as plain data."""
     rng = generator(tables.name)
     frame = arms.outcomes(tables)
     names = arms.labels(tables)
     named = (c.endpoint for c in tables.study.contrasts if c.endpoint in frame.columns)
-    endpoints = list(dict.fromkeys([*ENDPOINTS, *named]))
+    margins = judged(tables.study)
+    endpoints = list(dict.fromkeys([*margins, *named]))
     runs = Runs.of(frame, endpoints)
     summaries = arms.summaries(tables)
     gap = controls.assay(tables, runs)
@@ -59,7 +65,6 @@ def compute(tables: Tables) -> dict[str, Any]:
     finished = Runs.of(frame.filter(frame["status"] == "finished"), endpoints)
     for f in found:
         f["finished_only"] = without_diverged(f, runs, finished)
-    margins = {"bpb": tables.study.margin, "n_eff_frac": tables.study.min_effect_n_eff}
     power = sections.seeds_and_power(found, margins)
     measured = {e: m for e, m in margins.items() if frame[e].count()}
     factors = analyse_factors(tables, frame, runs, measured, rng)
@@ -80,7 +85,7 @@ def compute(tables: Tables) -> dict[str, Any]:
     # Random numbers of its own: runs pruned later change nothing else.
     removal = pruning(tables, names, generator(f"{tables.name}/pruning"))
     if removal:
-        what = "bpb without dead subtrees, against the whole model and against as many other units removed"
+        what = f"{tables.study.quality.short} without dead subtrees, against the whole model and against as many other units removed"
         families.append({"family": "pruning", "adjustment": "bh", "size": len(removal), "what": what, "alpha": ALPHA})
     reference = arms.reference_arm(tables)
     searched = tables.study.design == "search"
@@ -105,7 +110,7 @@ def compute(tables: Tables) -> dict[str, Any]:
         "restored": sections.restored(tables, runs, frame, reference),
         "effects": {k: factors[k] for k in ("terms", "withheld", "left_out", "cells")},
         "importance": importance,
-        "collapse": sections.collapse(runs, arms.order(tables)),
+        "collapse": sections.collapse(runs, arms.order(tables), margins),
         "pareto": None if searched else sections.front(tables, frame, rng),
         "learning_rates": sections.learning_rates(tables),
         "power": power,
@@ -152,7 +157,7 @@ def plan(tables: Tables, runs: Runs, gap: dict[str, Any] | None) -> list[Family]
     known = controls.controls(tables)
     order = arms.order(tables)
     grid = [a for a in order if a != reference and a not in known]
-    margins = {"bpb": study.margin, "n_eff_frac": study.min_effect_n_eff}
+    margins, quality = judged(study), study.quality
     named = [
         Comparison(
             c.arm,
@@ -164,21 +169,25 @@ def plan(tables: Tables, runs: Runs, gap: dict[str, Any] | None) -> list[Family]
         )
         for c in study.contrasts
     ]
-    measured = [e for e in ENDPOINTS if any(endpoint == e for _, endpoint in runs.values)]
+    measured = [e for e in margins if any(endpoint == e for _, endpoint in runs.values)]
     against = [Comparison(a, reference, e, "differs", margins[e]) for a in grid for e in measured if reference]
     trees = [a for a in [reference, *grid] if a]
     dense: list[Comparison] = []
-    for control, claim in (("dense_total", "matches"), ("dense_active", "lower"), ("dense_none", "lower")):
+    for control, claim in (
+        ("dense_total", "matches"),
+        ("dense_active", quality.better),
+        ("dense_none", quality.better),
+    ):
         if control in known:
             block = _insensitive(control, claim, known, gap)
-            dense += [Comparison(a, control, "bpb", cast(Claim, claim), study.margin, block) for a in trees]
+            dense += [Comparison(a, control, quality.name, cast(Claim, claim), study.margin, block) for a in trees]
     for pair in controls.pairs(tables, trees):
         if pair.own:
             block = controls.insensitive(controls.assay(tables, runs, pair.total, pair.active))
-            dense.append(Comparison(pair.arm, pair.total, "bpb", "matches", study.margin, block))
-            dense.append(Comparison(pair.arm, pair.active, "bpb", "lower", study.margin))
+            dense.append(Comparison(pair.arm, pair.total, quality.name, "matches", study.margin, block))
+            dense.append(Comparison(pair.arm, pair.active, quality.name, quality.better, study.margin))
     if "moe" in known:
-        dense += [Comparison(a, "moe", "bpb", "differs", study.margin) for a in trees]
+        dense += [Comparison(a, "moe", quality.name, "differs", study.margin) for a in trees]
     return [
         ("confirm", "holm", "contrasts named in the study before the first trial", named),
         ("arms", "bh", "every arm against the reference arm", [] if named else against),
@@ -194,9 +203,10 @@ def summary(tables: Tables, found: list[dict[str, Any]], summaries: list[dict[st
     """The few numbers `dvc metrics` shows."""
     counts = {v: sum(f["verdict"] == v for f in found) for v in ("supported", "refuted", "inconclusive")}
     out: dict[str, Any] = {"trials": tables.trials.height, **counts}
-    for endpoint, best in (("bpb", min), ("n_eff_frac", max)):
-        values = {a["label"]: a[endpoint]["mean"] for a in summaries if a[endpoint]}
+    for endpoint in (tables.study.quality, N_EFF):
+        best = min if endpoint.better == "lower" else max
+        values = {a["label"]: a[endpoint.name]["mean"] for a in summaries if a[endpoint.name]}
         if values:
-            out[f"best_{endpoint}"] = best(values.values())
-            out[f"best_{endpoint}_arm"] = best(values, key=values.__getitem__)
+            out[f"best_{endpoint.name}"] = best(values.values())
+            out[f"best_{endpoint.name}_arm"] = best(values, key=values.__getitem__)
     return out

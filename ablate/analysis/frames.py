@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,97 +14,21 @@ from typing import Any
 
 import polars as pl
 
-from ablate.balance.usage import MOTION_SCHEMA, NORMS, USAGE_SCHEMA
 from ablate.config import ConfigError, Study, load_study
+from ablate.results.columns import (
+    FACTOR,
+    HISTORY_SCHEMA,
+    LATER,
+    MOTION_TABLE_SCHEMA,
+    PRUNE_SCHEMA,
+    QA,
+    TRIALS_SCHEMA,
+    USAGE_TABLE_SCHEMA,
+)
 
-FACTOR = "factor."
-QA = "qa/"
-KEYS: dict[str, pl.DataType] = {
-    "study": pl.String(),
-    "trial": pl.String(),
-    "arm": pl.String(),
-    "kind": pl.String(),
-    "seed": pl.Int64(),
-}
-TRIAL_TEXT = (
-    "status",
-    "run_id",
-    "config",
-    "git_commit",
-    "data_hash",
-    "tokenizer_hash",
-    "machine",
-    "device",
-    "message",
-    "versions",
-    "route_table",
-)
-TRIAL_NUMBERS = (
-    "bpb",
-    "bpb_start",
-    "train_loss",
-    "n_eff_frac",
-    "n_eff_frac_worst",
-    "dead_frac",
-    "dead_frac_worst",
-    "never_hit",
-    "max_vio",
-    "gini",
-    "bits_lost",
-    "bits_lost_worst",
-    "collapse",
-    "n_eff_frac_start",
-    "n_eff_frac_min",
-    "dead_frac_start",
-    "dead_frac_max",
-    "pruned_frac",
-    "revived_frac",
-    "n_eff_ceiling",
-    "informativeness",
-    "informativeness_shuffled",
-    "total_units",
-    "active_units",
-    "active_frac",
-    "total_params",
-    "active_params",
-    "lr",
-    "born_dead_frac",
-    "never_alive_frac",
-    "dead_resolved",
-    "branch_imbalance",
-    "flops_per_token",
-    "tokens",
-    "seconds",
-    "tokens_per_second",
-    "threads",
-)
-HISTORY_NUMBERS = (
-    "step",
-    "tokens",
-    "bpb",
-    "train_loss",
-    "lr",
-    "n_eff_frac",
-    "dead_frac",
-    "bits_lost",
-    "flip_rate",
-    "flip_rate_worst",
-    "saturation",
-    "saturation_worst",
-)
-PRUNE = {
-    "arm",
-    "kind",
-    "seed",
-    "trial",
-    "run_id",
-    "method",
-    "threshold",
-    "removed_frac",
-    "bpb_before",
-    "bpb_after",
-    "delta_bpb",
-}
+Schema = Mapping[str, pl.DataType]
+WHOLE = {"seed"}
+"""Whole numbers that are names, not measurements."""
 STATUSES = {"finished", "diverged", "pruned", "killed"}
 STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
@@ -112,11 +37,9 @@ STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 class Tables:
     """One study: its settings, its plan and its tables.
 
-    `trials` has one row a trial, sorted by kind, arm and seed, with every column of TRIAL_TEXT and TRIAL_NUMBERS
-    present
-    (null where the study did not measure it) and NaN turned into null. `history` has one row an evaluation. `usage`
-    is a lazy
-    scan, None where there is no such table: a large study's usage does not fit in memory.
+    `trials` (sorted by kind, arm and seed) has one row a trial with the columns of results.columns.TRIALS_SCHEMA, and
+    `history` one row an evaluation with those of HISTORY_SCHEMA; measured numbers are floats, NaN and infinity are null.
+    `usage` is a lazy scan, None where there is no such table: a large study's usage does not fit in memory.
     """
 
     name: str
@@ -158,8 +81,7 @@ def load(name: str, root: Path) -> Tables:
 
     Raises:
         ConfigError: the name is none, the study file or a table is missing (the message says which command makes it),
-        a column
-            is missing, or there is no trial.
+            a column is missing or unknown, or there is no trial.
     """
     if not STUDY_NAME.fullmatch(name):
         raise ConfigError(f"study name {name!r}: letters, digits, '.', '_' and '-' are allowed, 64 at most")
@@ -179,15 +101,15 @@ def load(name: str, root: Path) -> Tables:
         if path.exists()
     }
     prune_path = folder / "prune.parquet"
-    prune = _read(prune_path, name, PRUNE) if prune_path.exists() else None
+    prune = _read(prune_path, name, PRUNE_SCHEMA) if prune_path.exists() else None
     if prune is not None:
         prune = prune.with_columns(run_id=pl.col("run_id").fill_null(pl.col("trial")))
-    usage = _scan(folder / "usage.parquet", name, {"trial", "arm", "seed", *USAGE_SCHEMA} - {*NORMS})
-    motion = _scan(folder / "motion.parquet", name, {"trial", "arm", "seed", *MOTION_SCHEMA})
+    usage = _scan(folder / "usage.parquet", name, USAGE_TABLE_SCHEMA)
+    motion = _scan(folder / "motion.parquet", name, MOTION_TABLE_SCHEMA)
     return Tables(name, study, _plan(plan_path), trials, history, usage, prune, digests, motion)
 
 
-def _read(path: Path, name: str, required: set[str]) -> pl.DataFrame:
+def _read(path: Path, name: str, schema: Schema) -> pl.DataFrame:
     if not path.exists():
         raise ConfigError(
             f"table {str(path)!r} does not exist: run `ablate study run studies/{name}.yaml`, "
@@ -198,18 +120,31 @@ def _read(path: Path, name: str, required: set[str]) -> pl.DataFrame:
     except pl.exceptions.PolarsError as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"table {str(path)!r} cannot be read ({reason}): run `ablate collect {name}`") from None
-    _require(set(frame.columns), required, path, name)
-    return frame
+    _check(frame.columns, schema, path, name)
+    later = [pl.lit(None, dtype).alias(c) for c, dtype in schema.items() if c not in frame.columns]
+    # Measured numbers are read as floats, so that means and JSON are the same whatever a column was stored as.
+    counts = [pl.col(c).cast(pl.Float64) for c, dtype in schema.items() if dtype.is_integer() and c not in WHOLE]
+    frame = frame.with_columns(later).with_columns(counts)
+    floats = [c for c, dtype in frame.schema.items() if dtype.is_float()]
+    return frame.with_columns(pl.when(pl.col(c).is_finite()).then(pl.col(c)).alias(c) for c in floats)
 
 
-def _require(columns: set[str], required: set[str], path: Path, name: str) -> None:
-    missing = sorted(required - columns)
+def _check(columns: Iterable[str], schema: Schema, path: Path, name: str) -> None:
+    """Refuse a table with a column too few or too many; columns of LATER may be missing."""
+    have = set(columns)
+    missing = [c for c in schema if c not in have and c not in LATER]
     if missing:
         raise ConfigError(f"table {str(path)!r} has no column {missing[0]!r}: run `ablate collect {name}` again")
+    unknown = sorted(c for c in have if c not in schema and not c.startswith((FACTOR, QA)))
+    if unknown:
+        raise ConfigError(
+            f"table {str(path)!r} has the column {unknown[0]!r}, which this version does not know: "
+            f"run `ablate collect {name}` again"
+        )
 
 
 def _trials(path: Path, name: str) -> pl.DataFrame:
-    frame = _read(path, name, {"trial", "arm", "seed", "status", "bpb", "kind"})
+    frame = _read(path, name, TRIALS_SCHEMA)
     if frame.is_empty():
         raise ConfigError(f"table {str(path)!r} has no trial: run `ablate study run studies/{name}.yaml` first")
     unknown = set(frame["status"].drop_nulls().unique()) - STATUSES
@@ -218,30 +153,18 @@ def _trials(path: Path, name: str) -> pl.DataFrame:
     if frame["trial"].is_duplicated().any():
         twice = frame.filter(pl.col("trial").is_duplicated())["trial"][0]
         raise ConfigError(f"table {str(path)!r}: trial {twice!r} is listed twice; run `ablate collect {name}` again")
-    frame = _complete(frame, {"study": pl.String(), **KEYS}, TRIAL_TEXT, TRIAL_NUMBERS)
-    if "git_dirty" not in frame.columns:
-        frame = frame.with_columns(git_dirty=pl.lit(None, pl.Boolean))
     return frame.with_columns(run_id=pl.col("run_id").fill_null(pl.col("trial"))).sort("kind", "arm", "seed", "trial")
 
 
 def _history(path: Path, name: str) -> pl.DataFrame:
-    frame = _read(path, name, {"trial", "arm", "seed", "step", "bpb"})
-    return _complete(frame, {"study": pl.String(), **KEYS}, (), HISTORY_NUMBERS).sort("arm", "seed", "trial", "step")
+    return _read(path, name, HISTORY_SCHEMA).sort("arm", "seed", "trial", "step")
 
 
-def _complete(frame: pl.DataFrame, keys: dict[str, pl.DataType], text: Any, numbers: Any) -> pl.DataFrame:
-    absent = {c: pl.String() for c in text} | {c: pl.Float64() for c in numbers} | keys
-    frame = frame.with_columns(pl.lit(None, dtype).alias(c) for c, dtype in absent.items() if c not in frame.columns)
-    frame = frame.with_columns(pl.col(c).cast(dtype, strict=False) for c, dtype in absent.items())
-    floats = [c for c, dtype in frame.schema.items() if dtype.is_float()]
-    return frame.with_columns(pl.when(pl.col(c).is_finite()).then(pl.col(c)).alias(c) for c in floats)
-
-
-def _scan(path: Path, name: str, required: set[str]) -> pl.LazyFrame | None:
+def _scan(path: Path, name: str, schema: Schema) -> pl.LazyFrame | None:
     if not path.exists():
         return None
     scan = pl.scan_parquet(path)
-    _require(set(scan.collect_schema().names()), required, path, name)
+    _check(scan.collect_schema().names(), schema, path, name)
     return scan
 
 

@@ -27,6 +27,7 @@ def pruning(tables: Tables, labels: dict[str, str], rng: np.random.Generator) ->
     rows = tables.prune.filter(pl.col("kind") != "tune")  # tuning seeds take no part in comparisons
     if rows.is_empty():
         return []
+    quality = tables.study.quality
     runs, names = Runs({}, {}, {}, {}), dict(labels)
     shares: dict[tuple[str, float], dict[str, list[float]]] = {}
     for row in rows.sort("arm", "threshold", "method", "seed").iter_rows(named=True):
@@ -38,16 +39,16 @@ def pruning(tables: Tables, labels: dict[str, str], rng: np.random.Generator) ->
         whole = _key(arm, WHOLE, share)  # one a threshold: each was pruned and scored on its own
         names[whole] = f"{label}, whole"
         for name, bpb in ((key, row["bpb_after"]), (whole, row["bpb_before"])):
-            runs.values.setdefault((name, "bpb"), {})[seed] = bpb
+            runs.values.setdefault((name, quality.name), {})[seed] = bpb
             runs.run_ids[name, seed] = row["run_id"]
         shares.setdefault((arm, share), {}).setdefault(row["method"], []).append(row["removed_frac"])
     compared: list[Comparison] = []
     about: list[dict[str, Any]] = []
     for (arm, share), removed in shares.items():
         dead = _key(arm, DEAD, share)
-        compared.append(Comparison(dead, _key(arm, WHOLE, share), "bpb", "matches", tables.study.margin))
+        compared.append(Comparison(dead, _key(arm, WHOLE, share), quality.name, "matches", tables.study.margin))
         compared += [
-            Comparison(dead, _key(arm, method, share), "bpb", "lower", tables.study.margin)
+            Comparison(dead, _key(arm, method, share), quality.name, quality.better, tables.study.margin)
             for method in removed
             if method != DEAD
         ]

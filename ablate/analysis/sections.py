@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,13 @@ from ablate.analysis import contrasts, pareto, power
 from ablate.analysis.arms import DEAD_TARGET
 from ablate.analysis.frames import Tables
 from ablate.analysis.verdicts import Runs
+from ablate.config.endpoints import N_EFF, RESTORED, Endpoint
 from ablate.kernels.spec import is_identity
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 
 
-def collapse(runs: Runs, order: list[str]) -> dict[str, Any]:
+def collapse(runs: Runs, order: list[str], endpoints: Iterable[str]) -> dict[str, Any]:
     """Probability of collapse per arm with Wilson intervals, whether runs split into modes, and equality of spreads."""
     rows = []
     for arm in order:
@@ -43,7 +45,7 @@ def collapse(runs: Runs, order: list[str]) -> dict[str, Any]:
             }
         )
     spreads = {}
-    for endpoint in ("bpb", "n_eff_frac"):
+    for endpoint in endpoints:
         groups = [np.array(list(v.values())) for (_, e), v in sorted(runs.values.items()) if e == endpoint]
         spreads[endpoint] = power.brown_forsythe(groups)
     return {"arms": rows, "brown_forsythe": spreads}
@@ -54,25 +56,31 @@ def _finite(x: Any) -> float | None:
 
 
 def front(tables: Tables, frame: pl.DataFrame, rng: np.random.Generator) -> dict[str, Any] | None:
-    """Pareto front of the arms' means over bpb and n_eff_frac; diverged runs count with the untrained model's bpb.
+    """Pareto front of the arms' means over quality and n_eff_frac; diverged runs count with the untrained model's quality.
 
-    The reference corner of the hypervolume is fixed: n_eff_frac 0, and the bpb of the untrained model.
+    The reference corner of the hypervolume is fixed: n_eff_frac 0, and the quality of the untrained model.
     """
-    rows = frame.filter(pl.col("bpb").is_not_null() & pl.col("n_eff_frac").is_not_null()).sort("arm", "seed")
+    quality = tables.study.quality
+    q, n_eff = quality.name, N_EFF.name
+    rows = frame.filter(pl.col(q).is_not_null() & pl.col(n_eff).is_not_null()).sort("arm", "seed")
     groups = {k[0]: g for k, g in rows.partition_by("arm", as_dict=True, maintain_order=True).items()}
-    starts = tables.trials["bpb_start"].drop_nulls()
+    starts = tables.trials[quality.start].drop_nulls()
     if not groups or starts.is_empty():
         return None
     corner = (float(starts.median()), 0.0)  # type: ignore[arg-type]
+    # Lower is better on the first axis, whatever the endpoint.
     names = list(groups)
     found = pareto.over_seeds(
-        [groups[a]["bpb"].to_numpy() for a in names], [groups[a]["n_eff_frac"].to_numpy() for a in names], corner, rng
+        [quality.sign * groups[a][q].to_numpy() for a in names],
+        [groups[a][n_eff].to_numpy() for a in names],
+        (quality.sign * corner[0], corner[1]),
+        rng,
     )
     rows_out = [
         {
             "arm": a,
-            "bpb": float(groups[a]["bpb"].to_numpy().mean()),
-            "n_eff_frac": float(groups[a]["n_eff_frac"].to_numpy().mean()),
+            q: float(groups[a][q].to_numpy().mean()),
+            n_eff: float(groups[a][n_eff].to_numpy().mean()),
             "on_front": found["front"][i],
             "probability": found["probability"][i],
             "n": groups[a].height,
@@ -81,7 +89,7 @@ def front(tables: Tables, frame: pl.DataFrame, rng: np.random.Generator) -> dict
         for i, a in enumerate(names)
     ]
     return {
-        "reference_point": {"bpb": corner[0], "n_eff_frac": corner[1]},
+        "reference_point": {q: corner[0], n_eff: corner[1]},
         "hypervolume": found["hypervolume"],
         "interval": found["interval"],
         "arms": rows_out,
@@ -89,38 +97,40 @@ def front(tables: Tables, frame: pl.DataFrame, rng: np.random.Generator) -> dict
 
 
 def learning_rates(tables: Tables) -> list[dict[str, Any]]:
-    """Per arm with tuning runs: mean bpb at each rate, the best one, whether it is interior, expected best of n."""
+    """Per arm with tuning runs: mean quality at each rate, the best one, whether it is interior, expected best of n."""
+    quality = tables.study.quality
+    q = quality.name
     tune = tables.trials.filter((pl.col("kind") == "tune") & pl.col("lr").is_not_null())
     out = []
     for key, group in tune.partition_by("arm", as_dict=True, maintain_order=True).items():
         rates = []
         for lr, part in group.sort("lr").partition_by("lr", as_dict=True, maintain_order=True).items():
-            ok = part.filter((pl.col("status") == "finished") & pl.col("bpb").is_not_null())["bpb"].to_numpy()
+            ok = part.filter((pl.col("status") == "finished") & pl.col(q).is_not_null())[q].to_numpy()
             mean = float(ok.mean()) if len(ok) == part.height and len(ok) else None
-            rates.append({"lr": lr[0], "bpb": mean, "n": part.height, "diverged": part.height - len(ok)})
-        known = [r for r in rates if r["bpb"] is not None]
+            rates.append({"lr": lr[0], q: mean, "n": part.height, "diverged": part.height - len(ok)})
+        known = [r for r in rates if r[q] is not None]
         if not known:
             out.append({"arm": key[0], "rates": rates, "best": None, "interior": None, "best_of_n": [], "run_ids": []})
             continue
-        best = min(known, key=lambda r: r["bpb"])["lr"]
+        best = min(known, key=lambda r: quality.sign * r[q])["lr"]
         out.append(
             {
                 "arm": key[0],
                 "rates": rates,
                 "best": best,
                 "interior": rates[0]["lr"] < best < rates[-1]["lr"],
-                "best_of_n": best_of(np.array([r["bpb"] for r in known])),
+                "best_of_n": best_of(np.array([r[q] for r in known]), quality),
                 "run_ids": group["run_id"].to_list(),
             }
         )
     return sorted(out, key=lambda r: str(r["arm"]))
 
 
-def best_of(values: Any) -> list[float]:
-    """Expected minimum of n of these values drawn without replacement, n = 1..N (the unbiased estimator of
+def best_of(values: Any, quality: Endpoint) -> list[float]:
+    """Expected best of n of these values drawn without replacement, n = 1..N (the unbiased estimator of
     2110.00613).
     """
-    ordered = np.sort(np.asarray(values, dtype=float))
+    ordered = quality.sign * np.sort(quality.sign * np.asarray(values, dtype=float))
     total = len(ordered)
     return [
         float(sum(v * math.comb(total - i - 1, n - 1) for i, v in enumerate(ordered)) / math.comb(total, n))
@@ -172,7 +182,7 @@ def twins(tables: Tables, frame: pl.DataFrame, runs: Runs) -> list[dict[str, Any
     for members in groups.values():
         first, *others = sorted(members)
         for other in others:
-            for endpoint in ("bpb", "n_eff_frac"):
+            for endpoint in (tables.study.quality.name, N_EFF.name):
                 a, b = runs.values.get((first, endpoint), {}), runs.values.get((other, endpoint), {})
                 shared = sorted(a.keys() & b.keys())
                 if len(shared) < 2:
@@ -205,12 +215,13 @@ def _config(text: str | None) -> dict[str, Any]:
 def restored(tables: Tables, runs: Runs, frame: pl.DataFrame, reference: str | None) -> list[dict[str, Any]]:
     """Per arm: is balance restored, criterion by criterion, and how the answer depends on the threshold.
 
-    Mean n_eff_frac at least the threshold, dead leaves at most 1% (unresolved where there were too few tokens), and bpb
-    non-inferior to the reference arm: the one-sided 95% bound of the paired difference under the margin.
+    Mean n_eff_frac at least the threshold, dead leaves at most 1% (unresolved where there were too few tokens), and
+    quality non-inferior to the reference arm: the one-sided 95% bound of the paired difference under the margin.
     Informativeness
     counts where it was measured.
     """
     out = []
+    q = tables.study.quality
     for key, rows in (
         frame.filter(pl.col("n_eff_frac").is_not_null()).partition_by("arm", as_dict=True, maintain_order=True).items()
     ):
@@ -224,10 +235,10 @@ def restored(tables: Tables, runs: Runs, frame: pl.DataFrame, reference: str | N
         if arm == reference:
             quality = True
         elif reference:
-            a, b = runs.values.get((arm, "bpb"), {}), runs.values.get((reference, "bpb"), {})
+            a, b = runs.values.get((arm, q.name), {}), runs.values.get((reference, q.name), {})
             shared = sorted(a.keys() & b.keys())
             if len(shared) >= 2:
-                e = contrasts.paired([a[s] - b[s] for s in shared], level=0.90)
+                e = contrasts.paired([q.sign * (a[s] - b[s]) for s in shared], level=0.90)
                 bound = float(e.high)
                 quality = bound < tables.study.margin
         pair = rows["informativeness"].to_numpy(), rows["informativeness_shuffled"].to_numpy()
@@ -240,11 +251,11 @@ def restored(tables: Tables, runs: Runs, frame: pl.DataFrame, reference: str | N
                 "n_eff_frac": n_eff,
                 "n_eff_frac_worst": float(np.min(rows["n_eff_frac_worst"].drop_nulls().to_numpy(), initial=1.0)),
                 "dead_ok": dead_ok,
-                "bpb_bound": bound,
-                "bpb_ok": quality,
+                f"{q.name}_bound": bound,
+                f"{q.name}_ok": quality,
                 "informative": informative,
                 "at_threshold": {f"{t:g}": (False if n_eff < t else base) for t in THRESHOLDS},
-                "restored": False if n_eff < 0.8 else base,
+                "restored": False if n_eff < RESTORED else base,
                 "n": rows.height,
                 "run_ids": rows["run_id"].to_list(),
             }

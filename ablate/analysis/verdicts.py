@@ -10,14 +10,14 @@ import polars as pl
 
 from ablate.analysis import contrasts, power
 from ablate.analysis.contrasts import Claim, Estimate
-from ablate.analysis.frames import QA
+from ablate.config.endpoints import unit_of
+from ablate.results.columns import QA
 
 # Collapsed and other runs are two modes where Ashman's D is over 2 and no run lies within the gap, in bits_lost. The
 # gap
 # keeps a threshold that happens to cut one continuous cloud of few seeds from counting as two.
 MODES = 2.0
 GAP = 0.15
-UNITS = {"bpb": "bits per byte", "n_eff_frac": "share of leaves in effective use", "dead_frac": "share of leaves dead"}
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def findings(
             "reference": c.reference,
             "reference_label": labels.get(c.reference, c.reference),
             "endpoint": c.endpoint,
-            "unit": UNITS.get(c.endpoint, "score" if c.endpoint.startswith(QA) else ""),
+            "unit": "score" if c.endpoint.startswith(QA) else unit_of(c.endpoint),
             "claim": c.claim,
             "margin": c.margin,
             "verdict": verdict,

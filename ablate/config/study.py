@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
+from ablate.config.endpoints import BPB, Endpoint, EndpointName, endpoints
 from ablate.config.presets import PRESETS, Preset
 from ablate.config.search import Finalists, Sampler
 from ablate.config.section import ConfigError, Section, parse
@@ -54,7 +55,7 @@ class Contrast(Section):
 
     arm: str
     reference: str = "reference"
-    endpoint: str = "bpb"
+    endpoint: str = BPB.name
     claim: Literal["lower", "higher", "matches"]
     margin: Annotated[float, Field(gt=0)]
 
@@ -102,7 +103,7 @@ class Study(Section):
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0, 1, 2]
     match: Literal["total_units", "active_units", "none"] = "none"
     tune: Tune | None = None
-    objectives: Annotated[list[Literal["bpb", "n_eff_frac", "dead_frac", "bits_lost"]], Field(min_length=1)] = ["bpb"]
+    objectives: Annotated[list[EndpointName], Field(min_length=1)] = [BPB.name]
     pruner: Literal["halving", "median"] | None = None
     """`search` with one objective: end a candidate's first run early where it lags behind others at the same step."""
     budget: Budget = Budget()
@@ -171,6 +172,16 @@ class Study(Section):
             return
         if set(self.finalist_seeds) & set(self.seeds):
             raise ValueError(f"finalists.seeds is {self.finalist_seeds}: they must differ from seeds = {self.seeds}")
+
+    @property
+    def quality(self) -> Endpoint:
+        """The endpoint that says how good a trained model of this study is."""
+        return BPB
+
+    @property
+    def goals(self) -> list[Endpoint]:
+        """The endpoints of the objectives."""
+        return endpoints(self.objectives)
 
     @property
     def finalist_seeds(self) -> list[int]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ablate.analysis import arms
 from ablate.analysis.frames import Tables
+from ablate.config.endpoints import Endpoint
 from ablate.report.style import Styles, assign, assign_leading
 
 LEADING = 6  # candidates of a search with marks of their own
@@ -50,6 +51,11 @@ class Context:
     findings: dict[str, Any]
     address: str | None = None
     """MLflow's address for links to runs."""
+
+    @property
+    def quality(self) -> Endpoint:
+        """The endpoint that says how good a trained model is."""
+        return self.tables.study.quality
 
     @cached_property
     def order(self) -> list[str]:
@@ -91,8 +97,8 @@ class Context:
 
     @cached_property
     def finished(self) -> pl.DataFrame:
-        """Runs that reached their end and have bits per byte."""
-        return self.outcomes.filter(pl.col("bpb").is_not_null() & (pl.col("status") == "finished"))
+        """Runs that reached their end and whose quality is known."""
+        return self.outcomes.filter(pl.col(self.quality.name).is_not_null() & (pl.col("status") == "finished"))
 
     @cached_property
     def trees(self) -> list[str]:

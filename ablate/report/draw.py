@@ -85,6 +85,19 @@ def ellipse(x: Sequence[float], y: Sequence[float], points: int = 60) -> tuple[A
     return np.mean(x) + circle[0], np.mean(y) + circle[1]
 
 
+def poor_end(values: Any, sign: float) -> float:
+    """Return where an axis of quality ends on its poor side, four usual spreads away; `sign` is 1 where less is better."""
+    q1, q3 = np.quantile(sign * np.asarray(values), [0.25, 0.75])
+    return float(sign * (q3 + 4 * max(q3 - q1, 1e-3)))
+
+
+def cut_poor_end(ax: Axes, values: Any, sign: float) -> None:
+    """End an axis of quality at `poor_end` where values lie beyond it: one poor run must not flatten the others."""
+    limit = poor_end(values, sign)
+    if (sign * np.asarray(values)).max() > sign * limit:
+        ax.set_ylim(top=limit) if sign > 0 else ax.set_ylim(bottom=limit)
+
+
 def few_ticks(*axes: Axes, count: int = 5) -> None:
     """Allow at most `count` ticks on the x axis, so that labels never touch."""
     for ax in axes:

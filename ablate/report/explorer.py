@@ -15,7 +15,7 @@ def explorer(c: Context, rows: list[dict[str, Any]], factors: list[str]) -> dict
     """Return runs by column for the page's explorer, with the settings that differ between any two of them."""
     kept = rows[:EXPLORED]
     settings = _varying(c.tables.trials["config"].to_list()[:EXPLORED])
-    columns = ["trial", "arm", "kind", "seed", "status", "bpb", "n_eff_frac", "dead_frac"]
+    columns = ["trial", "arm", "kind", "seed", "status", c.quality.name, "n_eff_frac", "dead_frac"]
     return {
         "columns": {k: [r[k] for r in kept] for k in columns},
         "runs": [r["runs"][0] for r in kept],

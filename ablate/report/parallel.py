@@ -14,20 +14,21 @@ from ablate.report.style import INK, MUTED, PAPER, RUNS_AS_LINES, new
 
 
 def parallel(c: Context, view: View, rows: list[dict[str, Any]], factors: list[str]) -> None:
-    """Draw parallel coordinates of factors, bpb and balance, a line for each finished run.
+    """Draw parallel coordinates of factors, quality and balance, a line for each finished run.
 
     Of more than 600 runs, an even choice of 600 is drawn.
     """
+    q = c.quality.name
     runs = [
         r
         for r in rows
-        if r["status"] == "finished" and r["kind"] != "tune" and r["bpb"] is not None and r["n_eff_frac"] is not None
+        if r["status"] == "finished" and r["kind"] != "tune" and r[q] is not None and r["n_eff_frac"] is not None
     ]
     if len(runs) < 2 or not factors:
         return
     if len(runs) > 600:
         runs = [runs[i] for i in np.linspace(0, len(runs) - 1, 600).round().astype(int)]
-    keys = [*factors[:7], "dead_frac", "n_eff_frac", "bpb"]
+    keys = [*factors[:7], "dead_frac", "n_eff_frac", q]
     figure = new(7.6, 3.6)
     ax = figure.subplots()
     axes = [_levels(ax, j, runs, k) if k in factors else _scale(runs, k) for j, k in enumerate(keys)]

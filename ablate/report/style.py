@@ -13,7 +13,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from ablate.analysis.arms import level_text
-from ablate.analysis.frames import FACTOR, Tables
+from ablate.analysis.frames import Tables
+from ablate.results.columns import FACTOR
 
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#332288", "#7a6a00"]
 INK, MUTED, GRID, PAPER = "#1c1d21", "#5b5f68", "#dcdee3", "#fffffe"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import polars as pl
 
+from ablate.config.endpoints import N_EFF
 from ablate.report.context import Context
 
 LATE = 0.3  # of the training; before it all curves fall steeply and lie on each other
@@ -11,8 +12,8 @@ EFFECTS = 30  # comparisons an endpoint has at most
 
 
 def frames(c: Context) -> dict[str, pl.DataFrame]:
-    """Return tables by file name: bpb and balance over training (means over seeds), and effects with their intervals."""
-    return {"bpb": _curve(c, "bpb", LATE), "balance": _curve(c, "n_eff_frac"), "effects": _effects(c)}
+    """Return tables by file name: quality and balance over training (means over seeds), and effects with their intervals."""
+    return {c.quality.name: _curve(c, c.quality.name, LATE), "balance": _curve(c, N_EFF.name), "effects": _effects(c)}
 
 
 def _curve(c: Context, column: str, since: float = 0) -> pl.DataFrame:

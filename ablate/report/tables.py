@@ -10,13 +10,12 @@ from ablate.report.parts import Column
 N, RUNS = Column("n", "n", "d"), Column("runs", "runs", "runs")
 Given = str | tuple[str, str] | tuple[str, str, str]
 """A column's title, its title and number format, or both and a sentence of help."""
-Need = Literal["balance", "history", "usage", "bpb"]
+Need = Literal["balance", "history", "usage", "quality"]
 
 LACKING: dict[Need, str] = {
     "balance": "No tree arm with balance measured",
     "history": "No balance in the history table",
     "usage": "No usage table",
-    "bpb": "No finished run with bits per byte",
 }
 
 
@@ -40,9 +39,9 @@ def needs(c: Context, what: Need) -> str:
         "balance": lambda: bool(c.trees),
         "history": lambda: c.history["n_eff_frac"].count() > 0,
         "usage": lambda: bool(c.usage),
-        "bpb": lambda: not c.finished.is_empty(),
+        "quality": lambda: not c.finished.is_empty(),
     }[what]()
-    return "" if known else absent(c, LACKING[what])
+    return "" if known else absent(c, LACKING.get(what, f"No finished run with {c.quality.label}"))
 
 
 def absent(c: Context, what: str) -> str:

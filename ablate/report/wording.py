@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from ablate.report.context import Context
 
-ENDPOINT = {"bpb": "bits per byte", "n_eff_frac": "effective leaves / L"}
-
 
 def cap(text: str) -> str:
     """Return the text with its first letter in upper case."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import polars as pl
 
 from ablate.balance.metrics import FLAGS, SUMMARY
-from ablate.balance.usage import MOTION_SCHEMA, TREES_SCHEMA, USAGE_SCHEMA
+from ablate.balance.usage import MOTION_SCHEMA, NORMS, TREES_SCHEMA, USAGE_SCHEMA
+from ablate.config.endpoints import BPB
 from ablate.model.counts import Cost
 
 COST = tuple(Cost.model_fields)
@@ -28,6 +29,9 @@ TREE_MEANS = {
 # Columns of TREES_SCHEMA that history.parquet has per evaluation, and which end of them is the worst tree.
 ROUTING = {"flip_rate": "max", "saturation": "min"}
 
+# Columns that tables published before they were added may lack; a reader fills them with nulls.
+LATER = frozenset(NORMS)
+
 # Prefix of a metric and a column each: qa/<task>/<shots>shot/<metric>, and /error, /chance and /unigram of it.
 QA = "qa/"
 FACTOR = "factor."  # prefix of one column (or parameter) a factor
@@ -47,8 +51,8 @@ TRIALS_SCHEMA: dict[str, pl.DataType] = {
     "config": pl.String(),  # the whole Trial as JSON
     "lr": pl.Float64(),
     "lr_at_edge": pl.Boolean(),  # tuned and the best of its values was the smallest or largest; null where not tuned
-    "bpb": pl.Float64(),  # at the end; null where it diverged
-    "bpb_start": pl.Float64(),
+    BPB.name: pl.Float64(),  # at the end; null where it diverged
+    BPB.start: pl.Float64(),
     "train_loss": pl.Float64(),  # nats a token, mean since the evaluation before the last
     # Balance at the end, on the held-out slice; null without a tree, and where the trial diverged.
     **{name: pl.Float64() for name in BALANCE},
@@ -85,7 +89,7 @@ HISTORY_SCHEMA: dict[str, pl.DataType] = {
     **_KEYS,
     "step": pl.Int64(),
     "tokens": pl.Int64(),
-    "bpb": pl.Float64(),
+    BPB.name: pl.Float64(),
     "train_loss": pl.Float64(),
     "lr": pl.Float64(),
     "train_seconds": pl.Float64(),

@@ -217,8 +217,7 @@ class _Watch:
         trial, study = self.attempt.settle.trial, self.attempt.job.plan.study
         if trial is None or len(study.objectives) > 1 or evaluation.step == 0:
             return False
-        name = study.objectives[0]
-        value = evaluation.bpb if name == "bpb" else evaluation.balance.get(name)
+        value = study.goals[0].value(evaluation)
         if value is None:
             return False
         settings, unit = self.attempt.planned.trial, study.trial({})

@@ -22,7 +22,6 @@ from ablate.results.plan_file import load_plan
 from ablate.results.record import Record, load_record
 from ablate.study.arms import factor_values
 from ablate.study.designs import Plan, PlannedTrial
-from ablate.study.leaders import DIRECTIONS
 from ablate.study.queue import ARM, RUN, WORKER, Claim, Queue, directions
 from ablate.study.samplers import Proposal, adopt, key_of, propose
 from ablate.study.scoreboard import Scoreboard, chosen_from, name_of, number_of
@@ -133,9 +132,8 @@ class Candidates(Queue):
             state = TrialState.PRUNED if len(self.plan.study.objectives) == 1 else TrialState.FAIL
             self._set(entrant.claim.id, state, None)
             return
-        signs = [1 if DIRECTIONS[name] == "minimize" else -1 for name in self.plan.study.objectives]
         means = np.mean(list(scores.values()), axis=0)
-        values = [float(sign * mean) for sign, mean in zip(signs, means, strict=True)]
+        values = [goal.sign * float(mean) for goal, mean in zip(self.plan.study.goals, means, strict=True)]
         self._set(entrant.claim.id, TrialState.COMPLETE, values)
 
     def finalists(self) -> list[PlannedTrial]:

@@ -7,14 +7,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ablate.config import ConfigError, Questions, Scalar, Study, Trial, digest
+from ablate.config.endpoints import ENDPOINTS, Endpoint
 from ablate.results.record import Kind
 from ablate.study.arms import Arm, arms_of, distinct, factor_keys, factor_values, order_of, trial_of
 from ablate.study.fractions import fraction_of
 from ablate.study.samplers import check
 from ablate.study.space import Space
-
-# Beside bpb and the balance of a trial's end, what a contrast may name; scores of questions come on top.
-ENDPOINTS = ("bpb", "n_eff_frac", "dead_frac", "bits_lost")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,14 +123,14 @@ def expand(
     )
 
 
-def choose_rate(rates: Mapping[float, list[float | None]]) -> tuple[float, bool]:
-    """The learning rate with the lowest mean bpb over the tuning seeds, and whether it lies at the edge of those tried.
+def choose_rate(rates: Mapping[float, list[float | None]], quality: Endpoint) -> tuple[float, bool]:
+    """The learning rate with the best mean quality over the tuning seeds, and whether it lies at the edge of those tried.
 
     A rate of which any trial diverged (None) loses to every rate that trained; ties go to the smaller rate.
     """
 
     def key(rate: float) -> tuple[int, float, float]:
-        known = [v for v in rates[rate] if v is not None]
+        known = [quality.sign * v for v in rates[rate] if v is not None]
         return len(rates[rate]) - len(known), sum(known) / len(known) if known else 0.0, rate
 
     best = min(rates, key=key)
@@ -196,7 +194,7 @@ def _planned(
 ) -> PlannedTrial:
     trial = trial_of(study, arm, seed, more)
     if kind == "tune":
-        trial = trial.model_copy(update={"questions": Questions()})  # only bpb chooses a rate
+        trial = trial.model_copy(update={"questions": Questions()})  # only quality chooses a rate
     return PlannedTrial(arm=arm.label, kind=kind, seed=seed, trial=trial, factors=factor_values(trial, keys))
 
 

@@ -5,16 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
-from typing import Literal
 
-Direction = Literal["minimize", "maximize"]
-
-DIRECTIONS: dict[str, Direction] = {
-    "bpb": "minimize",
-    "n_eff_frac": "maximize",
-    "dead_frac": "minimize",
-    "bits_lost": "minimize",
-}
+from ablate.config.endpoints import endpoints
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +33,10 @@ def leaders(objectives: Sequence[str], values: Mapping[str, Mapping[int, Sequenc
     most = max((len(seeds) for seeds in values.values()), default=0)
     full = {arm: seeds for arm, seeds in values.items() if most and len(seeds) == most}
     found = []
-    for place, name in enumerate(objectives):
+    for place, goal in enumerate(endpoints(list(objectives))):
         means = {arm: mean(numbers[place] for numbers in seeds.values()) for arm, seeds in full.items()}
         if means:
-            choose = min if DIRECTIONS[name] == "minimize" else max
+            choose = min if goal.better == "lower" else max
             arm = choose(means, key=means.__getitem__)
-            found.append(Leader(name, arm, means[arm], most))
+            found.append(Leader(goal.name, arm, means[arm], most))
     return found

@@ -17,9 +17,9 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from ablate.config import ConfigError, Study
+from ablate.config.endpoints import Direction
 from ablate.results.record import Record
 from ablate.study.designs import Plan, PlannedTrial
-from ablate.study.leaders import DIRECTIONS, Direction
 from ablate.study.storage import GRACE_SECONDS, HEARTBEAT_SECONDS, MAX_RETRIES
 
 HASH, ARM, SEED, KIND, WORKER, ERROR, RUN = "trial", "arm", "seed", "kind", "worker", "error", "mlflow_run"
@@ -254,13 +254,12 @@ class Queue:
 
 def directions(study: Study) -> list[Direction]:
     """Return `minimize` or `maximize` for each of a study's objectives."""
-    return [DIRECTIONS[name] for name in study.objectives]
+    return [goal.direction for goal in study.goals]
 
 
 def objective_values(study: Study, record: Record) -> list[float] | None:
     """Return the study's objectives at the end of a trial; None where the trial diverged."""
-    final = record.final
-    values = [final.bpb if name == "bpb" else final.balance.get(name) for name in study.objectives]
+    values = [goal.value(record.final) for goal in study.goals]
     known = [v for v in values if v is not None]
     return known if len(known) == len(values) and record.status != "diverged" else None
 

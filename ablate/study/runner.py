@@ -167,17 +167,17 @@ def learning_rates(study: Study, layout: Layout) -> tuple[dict[str, float], dict
     for planned in expand(study).trials:
         if planned.hash in done:
             record = load_record(layout.record(planned.hash))
-            bpb = record.final.bpb if record.status == "finished" else None
-            found.setdefault(planned.arm, {}).setdefault(planned.trial.train.lr, []).append(bpb)
+            value = study.quality.value(record.final) if record.status == "finished" else None
+            found.setdefault(planned.arm, {}).setdefault(planned.trial.train.lr, []).append(value)
     rates, tuned = {}, {}
     for arm, values in found.items():
         if sum(map(len, values.values())) < len(study.tune.lr) * len(study.tune.seeds):
             continue
-        rates[arm], edge = choose_rate(values)
+        rates[arm], edge = choose_rate(values, study.quality)
         tuned[arm] = {
             "lr": rates[arm],
             "at_edge": edge,
-            "tried": [{"lr": lr, "bpb": values[lr]} for lr in sorted(values)],
+            "tried": [{"lr": lr, study.quality.name: values[lr]} for lr in sorted(values)],
         }
     return rates, tuned
 

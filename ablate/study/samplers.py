@@ -28,7 +28,7 @@ from optuna.samplers import (
 from optuna.trial import FrozenTrial, TrialState
 
 from ablate.config import ConfigError, Sampler, Scalar, Study
-from ablate.study.leaders import Direction
+from ablate.config.endpoints import Direction
 from ablate.study.space import Chosen, Space
 
 # A sampler that keeps proposing what cannot exist, or what was tried, is answered with the nearest that can.

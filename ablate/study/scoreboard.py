@@ -10,7 +10,6 @@ from ablate.results.layout import Layout
 from ablate.results.record import Record, load_record
 from ablate.study.arms import exists, ordered_factors
 from ablate.study.designs import Plan
-from ablate.study.leaders import DIRECTIONS
 from ablate.study.queue import objective_values
 from ablate.study.race import Scores, ranked
 from ablate.study.space import Chosen
@@ -59,12 +58,11 @@ class Scoreboard:
 
     def scores(self, *, without: str = "") -> dict[str, Scores]:
         """Return each candidate's values by seed, lower is better; candidates of which a run diverged are left out."""
-        signs = [1 if DIRECTIONS[name] == "minimize" else -1 for name in self.plan.study.objectives]
         lost = {run.arm for run in self.runs.values() if run.values is None}
         found: dict[str, dict[int, tuple[float, ...]]] = {}
         for run in self.runs.values():
             if run.arm not in lost | {without} and run.values is not None and run.seed in self.plan.study.seeds:
-                values = tuple(sign * value for sign, value in zip(signs, run.values, strict=True))
+                values = tuple(goal.sign * value for goal, value in zip(self.plan.study.goals, run.values, strict=True))
                 found.setdefault(run.arm, {})[run.seed] = values
         return dict(found)
 

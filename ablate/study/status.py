@@ -7,11 +7,14 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 from pydantic import BaseModel
+from typing_extensions import TypedDict
 
 from ablate.config import ConfigError
+from ablate.config.endpoints import ENDPOINTS
 from ablate.results.layout import Layout
 from ablate.results.plan_file import load_plan
 from ablate.results.record import load_record
@@ -107,15 +110,16 @@ def _best(objectives: list[str], finished: list[Finished]) -> list[Leader]:
     return leaders(objectives, values)
 
 
-class _Balance(BaseModel):
-    n_eff_frac: float | None = None
-    dead_frac: float | None = None
-    bits_lost: float | None = None
+# Only the endpoints' keys: a record has hundreds more, which are skipped where they are read.
+if TYPE_CHECKING:
+    _Balance = dict[str, float]
+else:
+    _Balance = TypedDict("_Balance", {e.name: float for e in ENDPOINTS.values() if e.part == "balance"}, total=False)
 
 
 class _Scored(BaseModel):
     bpb: float | None
-    balance: _Balance = _Balance()
+    balance: _Balance = {}
 
 
 class _Shown(BaseModel):
@@ -131,9 +135,8 @@ class _Shown(BaseModel):
 
     def values(self) -> dict[str, float]:
         """Return the last evaluation's endpoints."""
-        last = self.history[-1]
-        numbers = {"bpb": last.bpb, **last.balance.model_dump()}
-        return {name: value for name, value in numbers.items() if value is not None}
+        known = {name: endpoint.value(self.history[-1]) for name, endpoint in ENDPOINTS.items()}
+        return {name: value for name, value in known.items() if value is not None}
 
 
 def _index(layout: Layout) -> list[Finished]:

@@ -13,6 +13,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from ablate.config import ConfigError, Trial, parse
+from ablate.config.endpoints import BPB
 from ablate.results.layout import HISTORY, TRIALS
 from ablate.tracking import tags as names
 from ablate.tracking.store import default_uri, prepare_store
@@ -98,9 +99,9 @@ def _published(run_id: str, root: Path) -> tuple[Trial, dict[str, str], dict[int
     origin |= {names.GIT_DIRTY: str(row["git_dirty"]).lower(), names.THREADS: row["threads"]}
     origin = {name: str(value) for name, value in origin.items() if value is not None}
     history = pl.scan_parquet(path.with_name(HISTORY))
-    evaluations = history.filter(pl.col("trial") == row["trial"], pl.col("bpb").is_not_null()).collect()
+    evaluations = history.filter(pl.col("trial") == row["trial"], pl.col(BPB.name).is_not_null()).collect()
     trial = parse(Trial, json.loads(row["config"]), where=f"run {row['run_id']}")
-    return trial, origin, dict(zip(evaluations["step"].to_list(), evaluations["bpb"].to_list(), strict=True))
+    return trial, origin, dict(zip(evaluations["step"].to_list(), evaluations[BPB.name].to_list(), strict=True))
 
 
 def _logged(client: MlflowClient, run_id: str, uri: str) -> tuple[Trial, dict[str, str], dict[int, float]]:
@@ -114,7 +115,7 @@ def _logged(client: MlflowClient, run_id: str, uri: str) -> tuple[Trial, dict[st
     if tags.get(names.ROLE) != "trial":
         raise ConfigError(f"run {run_id!r} is a {tags.get(names.ROLE, 'foreign')} run: give the id of a trial's run")
     trial = parse(Trial, _nested(run.data.params), where=f"run {run_id}")
-    history = client.get_metric_history(run_id, names.BPB)
+    history = client.get_metric_history(run_id, BPB.name)
     return trial, tags, {metric.step: metric.value for metric in history}
 
 

@@ -26,7 +26,6 @@ THREADS = "ablate.threads"
 VERSIONS = "ablate.versions"  # JSON: package to version
 
 # Metrics at each evaluation, beside the balance metrics of BALANCE and `layer<i>/<name>`.
-BPB = "bpb"
 TRAIN_LOSS = "train_loss"
 LR = "lr"
 TOKENS = "tokens"

@@ -15,6 +15,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from ablate.config import ConfigError
+from ablate.config.endpoints import BPB
 from ablate.evaluation.scores import columns
 from ablate.results.columns import COST
 from ablate.results.layout import Layout
@@ -233,7 +234,7 @@ class MlflowTrial:
 def _metrics(evaluation: Evaluation) -> Event:
     values = finite(
         {
-            names.BPB: evaluation.bpb,
+            BPB.name: evaluation.bpb,
             names.TRAIN_LOSS: evaluation.train_loss,
             names.LR: evaluation.lr,
             names.TOKENS: evaluation.tokens,

@@ -7,12 +7,15 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 import yaml
+
+from ablate.results.columns import HISTORY_SCHEMA, TRIALS_SCHEMA, USAGE_TABLE_SCHEMA
 
 STEPS = (0, 25, 50, 100, 150, 200, 250, 300)
 LAYERS, TREES, DEPTH, TOKENS = 4, 4, 6, 65536
@@ -94,10 +97,10 @@ def write_study(
             tables.append(frame)
     folder = root / "tables" / name
     folder.mkdir(parents=True, exist_ok=True)
-    pl.DataFrame(trials, infer_schema_length=None).write_parquet(folder / "trials.parquet")
-    pl.DataFrame(history, infer_schema_length=None).write_parquet(folder / "history.parquet")
+    table(trials, TRIALS_SCHEMA).write_parquet(folder / "trials.parquet")
+    table(history, HISTORY_SCHEMA).write_parquet(folder / "history.parquet")
     if tables:
-        pl.concat(tables).write_parquet(folder / "usage.parquet")
+        table(pl.concat(tables), USAGE_TABLE_SCHEMA).write_parquet(folder / "usage.parquet")
     results = root / "results" / name
     results.mkdir(parents=True, exist_ok=True)
     plan = {
@@ -106,6 +109,12 @@ def write_study(
         "trials": [{k: r[k] for k in ("trial", "arm", "seed", "kind")} for r in rows],
     }
     (results / "plan.json").write_text(json.dumps(plan, indent=1), encoding="utf-8")
+
+
+def table(rows: Any, schema: Mapping[str, pl.DataType]) -> pl.DataFrame:
+    """Rows as a table with every column of `schema`, null where nothing was measured."""
+    frame = pl.DataFrame(rows, infer_schema_length=None)
+    return frame.with_columns(pl.lit(None, dtype).alias(c) for c, dtype in schema.items() if c not in frame.columns)
 
 
 def _one(

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import yaml
 
 from ablate.config import Study
-from tests.report.synthetic import STEPS
+from ablate.results.columns import HISTORY_SCHEMA, TRIALS_SCHEMA
+from tests.report.synthetic import STEPS, table
 
 BEST_DEPTH = 5
 NOISE = 0.004
@@ -105,8 +105,8 @@ def write_search(
         history += evaluations
     folder = root / "tables" / name
     folder.mkdir(parents=True, exist_ok=True)
-    pl.DataFrame(trials, infer_schema_length=None).write_parquet(folder / "trials.parquet")
-    pl.DataFrame(history, infer_schema_length=None).write_parquet(folder / "history.parquet")
+    table(trials, TRIALS_SCHEMA).write_parquet(folder / "trials.parquet")
+    table(history, HISTORY_SCHEMA).write_parquet(folder / "history.parquet")
     plan: dict[str, Any] = {"study": name, "design": "search", "hash": "0123456789ab", "trials": []}
     if with_plan:
         plan["search"] = {

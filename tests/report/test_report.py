@@ -13,6 +13,7 @@ import polars as pl
 import pytest
 
 from ablate.analysis.findings import analyse
+from ablate.analysis.frames import load
 from ablate.config import ConfigError
 from ablate.report import parts
 from ablate.report.build import build
@@ -174,6 +175,29 @@ def test_missing_tables_name_their_command(tmp_path: Path) -> None:
     (tmp_path / "other/results/demo/plan.json").write_text("{")
     with pytest.raises(ConfigError, match="is not JSON"):
         analyse("demo", tmp_path / "other")
+
+
+@pytest.mark.parametrize("table", ["trials", "history", "usage"])
+def test_a_table_with_a_renamed_column_is_refused_by_name(tmp_path: Path, table: str) -> None:
+    write_study(tmp_path, usage=1)
+    path = tmp_path / f"tables/demo/{table}.parquet"
+    old = "count" if table == "usage" else "dead_frac"
+    frame = pl.read_parquet(path)
+    frame.rename({old: "dead_share"}).write_parquet(path)
+    with pytest.raises(ConfigError, match=rf"{table}\.parquet' has no column '{old}'"):
+        analyse("demo", tmp_path)
+    frame.with_columns(dead_share=pl.lit(0.5)).write_parquet(path)
+    with pytest.raises(
+        ConfigError, match=rf"{table}\.parquet' has the column 'dead_share', which this version does not"
+    ):
+        analyse("demo", tmp_path)
+
+
+def test_columns_added_since_a_table_was_published_may_be_missing(tmp_path: Path) -> None:
+    write_study(tmp_path, usage=1)
+    path = tmp_path / "tables/demo/usage.parquet"
+    pl.read_parquet(path).drop("in_norm", "out_norm").write_parquet(path)
+    assert load("demo", tmp_path).usage is not None
 
 
 def test_a_confirm_study_judges_its_contrasts_under_holm(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from ablate.config import ConfigError, Study, parse
+from ablate.config.endpoints import BPB
 from ablate.study.designs import choose_rate, expand
 from ablate.study.fractions import fraction_of
 
@@ -185,7 +186,7 @@ def test_tuning_trials_come_first_and_evaluation_waits_for_the_rate() -> None:
 def test_the_rate_with_the_lowest_mean_is_chosen(
     rates: dict[float, list[float | None]], chosen: tuple[float, bool]
 ) -> None:
-    assert choose_rate(rates) == chosen
+    assert choose_rate(rates, BPB) == chosen
 
 
 @pytest.mark.parametrize(

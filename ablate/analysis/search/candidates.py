@@ -12,12 +12,9 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from ablate.analysis.contrasts import Array
-from ablate.analysis.frames import FACTOR, Tables
-
-SIGN = {"bpb": 1.0, "n_eff_frac": -1.0, "dead_frac": 1.0, "bits_lost": 1.0}
-"""1 where less is better, -1 where more is."""
-WORST = {"n_eff_frac": 0.0, "dead_frac": 1.0, "bits_lost": 1.0}
-"""The worst value of an objective; that of bpb is the untrained model's."""
+from ablate.analysis.frames import Tables
+from ablate.config.endpoints import Endpoint
+from ablate.results.columns import FACTOR
 
 Values = dict[str, dict[int, float]]
 """Candidate to seed to value."""
@@ -101,7 +98,7 @@ class Search:
 
     tables: Tables
     outcomes: pl.DataFrame
-    """Racing and finalists' runs that ended on their own, diverged ones with the untrained model's bpb."""
+    """Racing and finalists' runs that ended on their own, diverged ones with the untrained model's quality."""
 
     @cached_property
     def objectives(self) -> list[str]:
@@ -111,7 +108,7 @@ class Search:
     @cached_property
     def sign(self) -> Array:
         """[k], 1 where less is better, -1 where more is."""
-        return np.array([SIGN[o] for o in self.objectives])
+        return np.array([goal.sign for goal in self.tables.study.goals])
 
     @cached_property
     def order(self) -> list[str]:
@@ -205,9 +202,13 @@ class Search:
     @cached_property
     def corner(self) -> Array:
         """[k], the worst value of each objective, over which a hypervolume is measured."""
-        starts = self.tables.trials["bpb_start"].drop_nulls()
-        bpb = float(starts.median()) if len(starts) else np.nan  # type: ignore[arg-type]
-        return np.array([WORST.get(o, bpb) for o in self.objectives])
+        return np.array([self._worst(goal) for goal in self.tables.study.goals])
+
+    def _worst(self, goal: Endpoint) -> float:
+        if goal.worst is not None:
+            return goal.worst
+        starts = self.tables.trials[goal.start].drop_nulls()
+        return float(starts.median()) if len(starts) else np.nan  # type: ignore[arg-type]
 
     @cached_property
     def ranking(self) -> list[str]:

@@ -9,7 +9,7 @@ import yaml
 
 from ablate.analysis import arms
 from ablate.analysis.frames import load
-from ablate.analysis.search.candidates import SIGN, Search, same
+from ablate.analysis.search.candidates import Search, same
 from ablate.analysis.search.story import text
 from ablate.config import ConfigError, Scalar, Study, parse
 
@@ -65,12 +65,12 @@ def promote(name: str, root: Path, top: int) -> Path:
         "contrasts": [
             {
                 "arm": arm,
-                "endpoint": o,
-                "claim": "lower" if SIGN[o] > 0 else "higher",
-                "margin": study.margin if o == "bpb" else study.min_effect_n_eff,
+                "endpoint": goal.name,
+                "claim": goal.better,
+                "margin": goal.margin_of(study),
             }
             for arm in chosen
-            for o in study.objectives
+            for goal in study.goals
         ],
         "seeds": unused(search),
         "margin": study.margin,

@@ -10,7 +10,7 @@ from scipy import stats
 from ablate.analysis import arms, contrasts, pareto
 from ablate.analysis.arms import level_text
 from ablate.analysis.frames import Tables
-from ablate.analysis.search.candidates import SIGN, Means, Search, dominated, probabilities
+from ablate.analysis.search.candidates import Means, Search, dominated, probabilities
 from ablate.analysis.search.landscape import landscape
 
 NAMED = 3
@@ -30,13 +30,13 @@ def story(tables: Tables, rng: np.random.Generator) -> tuple[dict[str, Any], lis
         "headline": headline(search, candidates, finalists),
         "objectives": [
             {
-                "objective": o,
-                "better": "lower" if SIGN[o] > 0 else "higher",
+                "objective": goal.name,
+                "better": goal.better,
                 "sd": _root(search.noise.covariance[i, i]),
                 "df": search.noise.df,
                 "worst": _number(search.corner[i]),
             }
-            for i, o in enumerate(search.objectives)
+            for i, goal in enumerate(tables.study.goals)
         ],
         "sampler": search.plan.get("sampler"),
         "race_seeds": _seeds(search, "search"),
@@ -127,10 +127,11 @@ def _finalists(search: Search) -> list[dict[str, Any]]:
     """Per finalist and objective: racing mean against the mean on fresh seeds, and the paired difference from the best."""
     arms_of = [a for a in search.ranking if a in search.final[0].arms]
     out = []
-    for i, objective in enumerate(search.objectives):
+    for i, goal in enumerate(search.tables.study.goals):
+        objective = goal.name
         race, final = search.race[i], search.final[i]
         by_seed = {a: dict(zip(search.fresh[a]["seed"], search.fresh[a][objective], strict=True)) for a in arms_of}
-        best = min(arms_of, key=lambda a: SIGN[objective] * final.mean[final.arms.index(a)], default=None)
+        best = min(arms_of, key=lambda a: goal.sign * final.mean[final.arms.index(a)], default=None)
         for arm in arms_of:
             at = final.arms.index(arm)
             record: dict[str, Any] = {
@@ -149,7 +150,7 @@ def _finalists(search: Search) -> list[dict[str, Any]]:
             if arm in race.arms:
                 k = race.arms.index(arm)
                 record["racing"] = float(race.mean[k])
-                record["fall"] = fall = SIGN[objective] * float(final.mean[at] - race.mean[k])
+                record["fall"] = fall = goal.sign * float(final.mean[at] - race.mean[k])
                 if search.noise.within_df:
                     # Other seeds, so differences between seeds count as well.
                     se = np.sqrt(search.noise.within[i] * (1 / race.n[k] + 1 / final.n[at]))
@@ -177,9 +178,10 @@ def _history(search: Search) -> list[dict[str, Any]]:
         runs += counts[arm]
         if arm in place:
             seen.append(place[arm])
-            for o, m in zip(search.objectives, search.race, strict=True):
+            for goal, m in zip(search.tables.study.goals, search.race, strict=True):
+                o = goal.name
                 value = float(m.mean[place[arm]])
-                if o not in best or SIGN[o] * value < SIGN[o] * best[o]:
+                if o not in best or goal.sign * value < goal.sign * best[o]:
                     best[o] = value
         volume = None
         if len(search.objectives) == 2 and seen and np.isfinite(search.corner).all():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ablate.config.endpoints import RESTORED
 from ablate.report.context import Context
 from ablate.report.parts import Table, View
 from ablate.report.tables import columns, needs
@@ -52,7 +53,7 @@ def _restored(c: Context) -> Table:
             "n_eff_frac": r["n_eff_frac"],
             "worst": r["n_eff_frac_worst"],
             "dead": word[r["dead_ok"]],
-            "bpb": word[r["bpb_ok"]],
+            c.quality.name: word[r[f"{c.quality.name}_ok"]],
             "restored": word[r["restored"]],
             "holds": ", ".join(t for t, v in r["at_threshold"].items() if v) or "none",
             "n": r["n"],
@@ -60,19 +61,20 @@ def _restored(c: Context) -> Table:
         }
         for r in c.findings["restored"]
     ]
+    quality = (
+        f"{c.quality.short} non-inferior",
+        "text",
+        "upper end of the one-sided 95% interval against the reference arm under the margin",
+    )
     head = columns(
         restored="restored",
         n_eff_frac=("n_eff_frac", ".3f"),
         worst=("worst tree", ".3f"),
         dead="dead leaves at most 1%",
-        bpb=(
-            "bpb non-inferior",
-            "text",
-            "upper end of the one-sided 95% interval against the reference arm under the margin",
-        ),
+        **{c.quality.name: quality},
         holds="restored at thresholds",
     )
-    return Table("restored", "Is balance restored? (n_eff_frac at least 0.8, and both criteria)", head, rows)
+    return Table("restored", f"Is balance restored? (n_eff_frac at least {RESTORED:g}, and both criteria)", head, rows)
 
 
 def overall(records: list[dict[str, Any]]) -> str:
@@ -82,8 +84,8 @@ def overall(records: list[dict[str, Any]]) -> str:
         s: sum(s in a["signs"] for a in records) for s in ("born_imbalanced", "dips", "self_prunes", "ends_balanced")
     }
     return (
-        f"Of {n} tree arms, {counts['born_imbalanced']} start imbalanced before any gradient (n_eff_frac under 0.8), "
+        f"Of {n} tree arms, {counts['born_imbalanced']} start imbalanced before any gradient (n_eff_frac under {RESTORED:g}), "
         f"{counts['dips']} dip below both ends of training (transient collapse), {counts['self_prunes']} prune themselves "
         f"(over 1% of leaves alive at step 0 die and stay dead), and {counts['ends_balanced']} end balanced "
-        "(n_eff_frac at least 0.8, at most 1% dead)."
+        f"(n_eff_frac at least {RESTORED:g}, at most 1% dead)."
     )

@@ -1,4 +1,4 @@
-"""The tree against its controls: bits per byte beside dense layers, the share of their gap recovered, questions."""
+"""The tree against its controls: quality beside dense layers, the share of their gap recovered, questions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def controls(c: Context) -> View:
         "How much of what a dense layer of all the units gains over one of the active units does a tree keep?",
     )
     _questions(c, view)
-    known = [a for a in c.findings["arms"] if a["kind"] == "control" and a["bpb"]]
+    known = [a for a in c.findings["arms"] if a["kind"] == "control" and a[c.quality.name]]
     if not known:
         view.missing = (
             f"No control has run: add `controls: [total, active, none]` to studies/{c.tables.name}.yaml and run "
@@ -42,7 +42,7 @@ def controls(c: Context) -> View:
 
 
 def _figure(c: Context, view: View) -> None:
-    frame = c.finished
+    frame, q = c.finished, c.quality.name
     present = set(frame["arm"])
     arms = [a for a in c.order if a in present and (a in c.shown or c.kinds[a] == "control")][:ROWS]
     if not arms:
@@ -50,14 +50,14 @@ def _figure(c: Context, view: View) -> None:
     shares = {(r["arm"], r["own_activation"]): r for r in c.findings["recovered"]}
     figure = new(7.6, 0.3 * len(arms) + 1.3)
     left, right = figure.subplots(1, 2, sharey=True)
-    means = {a: float(frame.filter(pl.col("arm") == a)["bpb"].to_numpy().mean()) for a in arms}
+    means = {a: float(frame.filter(pl.col("arm") == a)[q].to_numpy().mean()) for a in arms}
     for k, control in enumerate(a for a in arms if c.kinds[a] == "control" and " " not in a):
         left.axvline(means[control], color=INK, linewidth=0.8, alpha=0.6, linestyle=DASHES[1 + k % 3])
     right.axvline(0, color=MUTED, linewidth=0.9)
     right.axvline(1, color=MUTED, linewidth=0.9, linestyle=":")
     for i, arm in enumerate(arms[::-1]):
         style = c.styles.arms[arm]
-        seeds = frame.filter(pl.col("arm") == arm)["bpb"].to_list()
+        seeds = frame.filter(pl.col("arm") == arm)[q].to_list()
         left.plot(seeds, [i] * len(seeds), linestyle="none", markersize=5, alpha=0.85, **mark(style))
         left.plot([means[arm]] * 2, [i - 0.3, i + 0.3], color=MUTED, linewidth=1.4)
         found = shares.get((arm, False))
@@ -66,13 +66,13 @@ def _figure(c: Context, view: View) -> None:
             right.plot(found["interval"], [i, i], color=style.colour, linewidth=1.3)
             right.plot(found["effect"], i, markersize=6, **mark(style))
     left.set_yticks(range(len(arms)), [wrap(c.labels[a], 40) for a in arms[::-1]])
-    left.set_xlabel("bits per byte; lines: means of controls")
+    left.set_xlabel(f"{c.quality.label}; lines: means of controls")
     right.set_xlabel("share of the gap recovered (0 active, 1 total)")
     few_ticks(left, right, count=4)
     view.figures.append(
         ("controls", "Left: every seed a dot, bars are means. Right: shares with 95% intervals", figure)
     )
-    view.data["controls"] = frame.filter(pl.col("arm").is_in(arms)).select("arm", "kind", "seed", "trial", "bpb")
+    view.data["controls"] = frame.filter(pl.col("arm").is_in(arms)).select("arm", "kind", "seed", "trial", q)
 
 
 def cannot_tell(record: dict[str, Any]) -> bool:
@@ -81,7 +81,7 @@ def cannot_tell(record: dict[str, Any]) -> bool:
 
 
 def _recovered(c: Context, view: View) -> None:
-    found = c.findings["recovered"]
+    found, of = c.findings["recovered"], c.quality
     if not found:
         view.reading.append("The share of the gap needs both controls: `controls: [total, active]`.")
         return
@@ -103,7 +103,7 @@ def _recovered(c: Context, view: View) -> None:
     ]
     head = columns(
         activation="activation of the controls",
-        gap=("gap in bpb", ".4f", "dense of active units minus dense of total units"),
+        gap=(f"gap in {of.short}", of.form, "dense of active units minus dense of total units"),
         margins=("gap in margins", ".1f"),
         effect=("share recovered", "+.0%", "(active - arm) / (active - total), means over paired seeds"),
         low=("from", "+.0%", "Fieller's 95% interval; none where the gap is not apart from 0"),
@@ -114,7 +114,7 @@ def _recovered(c: Context, view: View) -> None:
     view.tables.append(Table("recovered", "Share of the gap between dense(active) and dense(total)", head, rows))
     if all(cannot_tell(r) for r in found):
         view.reading.append(
-            f"Cannot tell: the gap between dense layers of active and of total units is {found[0]['gap']:.4f} bpb, "
+            f"Cannot tell: the gap between dense layers of active and of total units is {found[0]['gap']:{of.form}} {of.short}, "
             f"{found[0]['margins']:.1f} margins, and shares of it mean something from three on."
         )
         return

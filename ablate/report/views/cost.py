@@ -27,14 +27,15 @@ COUNTS: dict[str, tuple[str, str]] = {
 def cost(c: Context) -> View:
     """Show units, parameters, FLOPs, tokens and measured time of every arm."""
     view = View("cost", "Cost", "What does each arm cost, in units, parameters, arithmetic and measured time?")
+    q = c.quality
     rows = [
         {"arm": a["label"], **{key: a[key] for key in COUNTS}, "n": a["n"], "runs": a["run_ids"]}
-        | {"bpb": a["bpb"]["mean"] if a["bpb"] else None}
+        | {q.name: a[q.name]["mean"] if a[q.name] else None}
         for a in c.findings["arms"]
     ]
     caption = "Counts are exact; time is measured on the machines named below, means over seeds"
-    view.tables.append(Table("cost", caption, columns(bpb=("bpb", ".4f"), **COUNTS), rows))
-    known = [r for r in rows if r["bpb"] is not None and r["flops_per_token"] is not None]
+    view.tables.append(Table("cost", caption, columns(**{q.name: (q.short, q.form)}, **COUNTS), rows))
+    known = [r for r in rows if r[q.name] is not None and r["flops_per_token"] is not None]
     if not known:
         view.missing = absent(c, "No finished run with costs")
         return view
@@ -42,30 +43,31 @@ def cost(c: Context) -> View:
     tokens = sorted({r["tokens"] for r in known if r["tokens"] is not None})
     view.reading.append(f"Training tokens a run: {', '.join(f'{t:,.0f}' for t in tokens[:5])}.")
     view.reading.append("Time depends on the machine, its load and the threads; compare only runs of one machine type.")
-    drawn = ("arm", "bpb", "flops_per_token", "tokens_per_second", "seconds")
+    drawn = ("arm", q.name, "flops_per_token", "tokens_per_second", "seconds")
     view.data["cost_points"] = pl.DataFrame([{k: r[k] for k in drawn} for r in known])
     return view
 
 
 def _figure(c: Context, view: View, known: int) -> None:
-    """Arm means of bpb against FLOPs and against speed; a diverged arm must not stretch the axis."""
+    """Arm means of quality against FLOPs and against speed; a diverged arm must not stretch the axis."""
     figure = new(7.2, 4.0)
     left, right = figure.subplots(1, 2, sharey=True)
+    q = c.quality.name
     drawn = [
         a
         for a in c.findings["arms"]
-        if a["bpb"] and a["flops_per_token"] is not None and (known <= 60 or a["arm"] in c.shown)
+        if a[q] and a["flops_per_token"] is not None and (known <= 60 or a["arm"] in c.shown)
     ]
     for a in drawn:
         for ax, key in ((left, "flops_per_token"), (right, "tokens_per_second")):
             if a[key] is not None:
-                ax.plot(a[key], a["bpb"]["mean"], linestyle="none", markersize=7, **mark(c.styles.arms[a["arm"]]))
-    finite = np.array([a["bpb"]["mean"] for a in drawn if not a["statuses"].get("diverged")])
+                ax.plot(a[key], a[q]["mean"], linestyle="none", markersize=7, **mark(c.styles.arms[a["arm"]]))
+    finite = np.array([a[q]["mean"] for a in drawn if not a["statuses"].get("diverged")])
     if len(finite):
         pad = 0.08 * max(float(np.ptp(finite)), 1e-3)
         left.set_ylim(float(finite.min()) - pad, float(finite.max()) + pad)
     left.set_xlabel("FLOPs a token (forward)")
-    left.set_ylabel("bits per byte")
+    left.set_ylabel(c.quality.label)
     right.set_xlabel("training tokens a second, measured")
     few_ticks(left, right, count=4)
     left.ticklabel_format(axis="x", style="sci", scilimits=(6, 6))

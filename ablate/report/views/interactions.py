@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from ablate.config.endpoints import label_of
 from ablate.report.context import Context
 from ablate.report.draw import note, strip, wrap
 from ablate.report.parts import View
 from ablate.report.style import COLOURS, DASHES, MARKERS, new
-from ablate.report.wording import ENDPOINT, no_factors, short
+from ablate.report.wording import no_factors, short
 
 DARK, LIGHT = "#101014", "#fefefe"  # on a heat map's own colours, whatever the theme
 
@@ -47,7 +48,7 @@ def interactions(c: Context) -> View:
         strip(ax)
         ax.set_xticks(range(len(across)), [short(n) for n in across], rotation=30, ha="right")
         ax.set_yticks(range(len(down)), [short(n) for n in down] if ax is axes[0] else [""] * len(down))
-        ax.set_title(ENDPOINT[endpoint])
+        ax.set_title(label_of(endpoint))
     figure.colorbar(image, ax=axes, label="partial ω²", shrink=0.8)
     view.figures.append(("interactions", "Strength of every pair (* adjusted p < .05)", figure))
     view.data["cells"] = pl.DataFrame(
@@ -67,7 +68,7 @@ def interactions(c: Context) -> View:
     _lines(c, view, pairs)
     standing = [t for t in pairs if t["p_adjusted"] < 0.05]
     view.reading = [
-        f"{' × '.join(short(x) for x in t['term'])} interact on {ENDPOINT[t['endpoint']]} (partial ω² {t['omega2']:.2f}): "
+        f"{' × '.join(short(x) for x in t['term'])} interact on {label_of(t['endpoint'])} (partial ω² {t['omega2']:.2f}): "
         "neither is read alone."
         for t in standing
     ] or ["No interaction is significant after adjustment; main effects can be read alone."]
@@ -81,7 +82,7 @@ def interactions(c: Context) -> View:
             {
                 "cells": effects["cells"],
                 "names": {n: short(n) for n in names},
-                "endpoints": {e: ENDPOINT[e] for e in endpoints},
+                "endpoints": {e: label_of(e) for e in endpoints},
             },
         )
     )
@@ -117,7 +118,7 @@ def _lines(c: Context, view: View, pairs: list[dict[str, Any]]) -> None:
         ax.set_xticks(range(len(across)), [wrap(a, 12, 1) for a in across])
         ax.set_xlim(-0.25, len(across) - 0.75)
         ax.set_xlabel(short(cells[0]["factors"][0]))
-        ax.set_title(ENDPOINT[t["endpoint"]] + (" *" if t["p_adjusted"] < 0.05 else ""), fontsize=8.5)
+        ax.set_title(label_of(t["endpoint"]) + (" *" if t["p_adjusted"] < 0.05 else ""), fontsize=8.5)
         ax.legend(title=short(cells[0]["factors"][1]), title_fontsize=7.5, fontsize=7.5)
     view.figures.append(
         ("interaction_lines", "Cell means of the strongest pairs; parallel lines are no interaction", figure)

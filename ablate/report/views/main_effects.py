@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from ablate.config.endpoints import ENDPOINTS, label_of
 from ablate.report.context import Context
 from ablate.report.draw import versus, zero
 from ablate.report.parts import Table, View
 from ablate.report.style import COLOURS, MARKERS, VERDICT_COLOUR, VERDICT_MARK, new
 from ablate.report.tables import cells
-from ablate.report.wording import ENDPOINT, cap, no_factors, short
+from ablate.report.wording import cap, no_factors, short
 
 
 def main_effects(c: Context) -> View:
@@ -27,7 +28,6 @@ def main_effects(c: Context) -> View:
             "term": " × ".join(short(t) for t in e["term"]),
             "endpoint": e["endpoint"],
             "df": e["df"],
-            "error_df": e["error_df"],
             "f": e["f"],
             "p_adjusted": e["p_adjusted"],
             "omega2": e["omega2"],
@@ -43,8 +43,7 @@ def main_effects(c: Context) -> View:
         term="term",
         endpoint="endpoint",
         df=("df", "d"),
-        error_df=("error df", ".1f", "of the term's variation over seeds, or of the runs where seeds ran unlike cells"),
-        f=("F", ".2f"),
+        f=("F (HC3)", ".2f"),
         p_adjusted=("adjusted p", ".3g"),
         omega2=("partial ω²", ".3f"),
         low=("95% from", ".3f"),
@@ -67,27 +66,23 @@ def _effect_reading(c: Context) -> list[str]:
         own = [t for t in terms if t["endpoint"] == endpoint and t["p_adjusted"] < 0.05]
         names = [" × ".join(short(x) for x in t["term"]) for t in sorted(own, key=lambda t: -t["omega2"])]
         out.append(
-            f"{cap(ENDPOINT[endpoint])}: "
+            f"{cap(label_of(endpoint))}: "
             + (f"{', '.join(names)} matter (adjusted p < .05)." if names else "no term matters (adjusted p < .05).")
         )
         held = [short(t["term"][0]) for t in terms if t["endpoint"] == endpoint and t["suppressed"]]
         if held:
             out.append(
-                f"{', '.join(held)} cannot be read alone for {ENDPOINT[endpoint]}: an interaction is significant. "
+                f"{', '.join(held)} cannot be read alone for {label_of(endpoint)}: an interaction is significant. "
                 "Simple effects are listed."
             )
     out += [
-        f"{cap(ENDPOINT[w['endpoint']])} is not analysed: {w['reason']}." for w in c.findings["effects"]["withheld"]
+        f"{cap(label_of(w['endpoint']))} is not analysed: {w['reason']}." for w in c.findings["effects"]["withheld"]
     ]
-    if any(t["unit"] == "runs" for t in terms):
-        out.append(
-            "Seeds did not all run the same cells, so F tests take runs as the unit: a factor whose effect differs by "
-            "seed passes them too often."
-        )
+    q = c.quality.short
     diverged = sum(e["kept"] for e in c.findings["exclusions"])
     if diverged:
         out.append(
-            f"{diverged} diverged run(s) count with the untrained model's bpb, which widens every interval on bpb."
+            f"{diverged} diverged run(s) count with the untrained model's {q}, which widens every interval on {q}."
         )
     out.append(
         "Intervals of ω² resample seeds; in simulated studies they cover 78% at three seeds and 87% at eight, not 95%."
@@ -123,14 +118,14 @@ def _importance_figure(view: View, terms: list[dict[str, Any]]) -> None:
             capsize=2.5,
             linewidth=1.4,
             markersize=6,
-            label=ENDPOINT[endpoint],
+            label=label_of(endpoint),
         )
         names = [" × ".join(short(t) for t in term) for term in order]
         plot.append(
             {
                 "type": "scatter",
                 "mode": "markers",
-                "name": ENDPOINT[endpoint],
+                "name": label_of(endpoint),
                 "x": x,
                 "y": y,
                 "text": names,
@@ -162,7 +157,7 @@ def _importance_figure(view: View, terms: list[dict[str, Any]]) -> None:
 
 def _level_figure(c: Context, view: View) -> None:
     found = [f for f in c.findings["findings"] if f["family"] == "factors"]
-    endpoints = [e for e in ENDPOINT if any(f["endpoint"] == e for f in found)]
+    endpoints = [e for e in ENDPOINTS if any(f["endpoint"] == e for f in found)]
     if not found:
         return
     view.data["level_effects"] = pl.DataFrame(
@@ -193,7 +188,7 @@ def _level_figure(c: Context, view: View) -> None:
             ax.plot(f["effect"], i, VERDICT_MARK[f["verdict"]], color=colour, markersize=5)
         ax.set_yticks(range(len(own)), [versus(f["arm_label"], f["reference_label"]) for f in own], fontsize=7.5)
         ax.set_ylim(-0.6, len(own) - 0.4)
-        ax.set_xlabel(f"change in {ENDPOINT[endpoint]}")
+        ax.set_xlabel(f"change in {label_of(endpoint)}")
         ax.grid(axis="y", visible=False)
     view.figures.append(
         (

@@ -9,8 +9,9 @@ import polars as pl
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
+from ablate.config.endpoints import N_EFF, RESTORED
 from ablate.report.context import Context
-from ablate.report.draw import ellipse, legend, mark, plain, plotly_mark
+from ablate.report.draw import ellipse, legend, mark, plain, plotly_mark, poor_end
 from ablate.report.parts import Table, View
 from ablate.report.style import DASHES, INK, MUTED, PLOTLY_DASHES, ArmStyle, new
 from ablate.report.tables import absent, columns
@@ -20,13 +21,14 @@ SEED_DOTS = 1500  # runs drawn one by one; above that, arm means only
 
 def pareto(c: Context) -> View:
     """Show balance against quality, seeds as dots, dense controls as lines."""
-    view = View("pareto", "Balance against quality", "Is balance paid for in bits per byte?")
+    view = View("pareto", "Balance against quality", f"Is balance paid for in {c.quality.label}?")
     found = c.findings["pareto"]
     if not found:
-        view.missing = absent(c, "No run with both bpb and balance")
+        view.missing = absent(c, f"No run with both {c.quality.short} and balance")
         return view
-    ended = c.outcomes.filter(pl.col("bpb").is_not_null() & pl.col("n_eff_frac").is_not_null())
-    runs = ended.select("arm", "seed", "trial", "run_id", "status", "n_eff_frac", "bpb").sort("arm", "seed")
+    q = c.quality
+    ended = c.outcomes.filter(pl.col(q.name).is_not_null() & pl.col(N_EFF.name).is_not_null())
+    runs = ended.select("arm", "seed", "trial", "run_id", "status", N_EFF.name, q.name).sort("arm", "seed")
     view.data["pareto"] = runs
     rows = _rows(c, found["arms"])
     sure = [r["arm"] for r in rows if r["probability"] >= 0.5]
@@ -36,16 +38,16 @@ def pareto(c: Context) -> View:
     else:
         view.reading.append("No arm is on the front in half of the seed resamples.")
     _figure(c, view, found["arms"], runs.filter(pl.col("status") == "finished"))
-    view.tables.append(_table(rows))
+    view.tables.append(_table(c, rows))
     point, (low, high) = found["reference_point"], found["interval"]
     view.reading.append(
-        f"Hypervolume over (n_eff_frac {point['n_eff_frac']:g}, bpb {point['bpb']:.3f}): {found['hypervolume']:.4f} "
+        f"Hypervolume over (n_eff_frac {point['n_eff_frac']:g}, {q.short} {point[q.name]:.3f}): {found['hypervolume']:.4f} "
         f"({low:.4f} to {high:.4f} over seed resamples)."
     )
     lost = sum(e["kept"] for e in c.findings["exclusions"])
     if lost:
         view.reading.append(
-            f"{lost} diverged run(s) count in the table with the untrained model's bpb and are not drawn."
+            f"{lost} diverged run(s) count in the table with the untrained model's {q.short} and are not drawn."
         )
     return view
 
@@ -54,20 +56,16 @@ def _rows(c: Context, arms: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row an arm, the surest member of the front first."""
     rows = [
         {"arm": c.labels[r["arm"]], "front": "yes" if r["on_front"] else "no", "runs": r["run_ids"]}
-        | {key: r[key] for key in ("n_eff_frac", "bpb", "probability", "n")}
+        | {key: r[key] for key in (N_EFF.name, c.quality.name, "probability", "n")}
         for r in arms
     ]
-    return sorted(rows, key=lambda r: (-r["probability"], r["bpb"]))
+    return sorted(rows, key=lambda r: (-r["probability"], c.quality.sign * r[c.quality.name]))
 
 
-def _table(rows: list[dict[str, Any]]) -> Table:
+def _table(c: Context, rows: list[dict[str, Any]]) -> Table:
     resamples = "share of 1,000 seed resamples in which no other arm beats it on both"
-    head = columns(
-        n_eff_frac=("n_eff_frac", ".3f"),
-        bpb=("bpb", ".4f"),
-        front="on the front",
-        probability=("P(not beaten)", ".2f", resamples),
-    )
+    measured = {e.name: (e.name, e.form) for e in (N_EFF, c.quality)}
+    head = columns(**measured, front="on the front", probability=("P(not beaten)", ".2f", resamples))
     return Table("pareto_front", "Who is beaten on both, and how sure that is", head, rows)
 
 
@@ -76,29 +74,35 @@ def _figure(c: Context, view: View, arms: list[dict[str, Any]], finished: pl.Dat
     figure = new(7.2, 4.9)
     ax = figure.subplots()
     dots = finished.height <= SEED_DOTS
+    quality = c.quality
+    axes = {
+        e.name: f"{e.label} ({side} is better"
+        for e, side in ((N_EFF, "right"), (quality, "down" if quality.better == "lower" else "up"))
+    }
     if not finished.is_empty():
         traces = _marks(c, ax, arms, finished, dots)
-        bottom, top = _range(c, finished["bpb"].to_numpy())
-        off = int((finished["bpb"] > top).sum())
-        if off:
-            view.reading.append(f"{off} finished run(s) lie above the drawn range; the table has them.")
-        pad = 0.06 * max(top - float(finished["bpb"].to_numpy().min()), 1e-3)
+        values = finished[quality.name].to_numpy()
+        bottom, top = _range(c, values)
+        off, side = (values > top, "above") if quality.better == "lower" else (values < bottom, "under")
+        if off.any():
+            view.reading.append(f"{int(off.sum())} finished run(s) lie {side} the drawn range; the table has them.")
+        pad = 0.06 * max(top - max(float(values.min()), bottom), 1e-3)
         ax.set_ylim(bottom - pad, top + pad)
         traces += _lines(c, ax)
         drawn = set(finished["arm"])
-        front = sorted((r for r in arms if r["on_front"] and r["arm"] in drawn), key=lambda r: r["n_eff_frac"])
-        x, y = [r["n_eff_frac"] for r in front], [r["bpb"] for r in front]
+        front = sorted((r for r in arms if r["on_front"] and r["arm"] in drawn), key=lambda r: r[N_EFF.name])
+        x, y = [r[N_EFF.name] for r in front], [r[quality.name] for r in front]
         ax.step(x, y, where="pre", color=MUTED, linewidth=0.9, zorder=1)
-        ax.axvline(0.8, color=MUTED, linewidth=0.8, linestyle=":")
+        ax.axvline(RESTORED, color=MUTED, linewidth=0.8, linestyle=":")
         layout = {
-            "xaxis": {"title": {"text": "effective leaves / L (right is better)"}, "range": [0, 1.02]},
-            "yaxis": {"title": {"text": "bits per byte (down is better)"}, "range": [bottom - pad, top + pad]},
+            "xaxis": {"title": {"text": f"{axes[N_EFF.name]})"}, "range": [0, 1.02]},
+            "yaxis": {"title": {"text": f"{axes[quality.name]})"}, "range": [bottom - pad, top + pad]},
             "height": 560,
         }
         view.plots.append(("pareto", {"data": traces, "layout": layout}))
     ax.set_xlim(0, 1.02)
-    ax.set_xlabel("effective leaves / L (right is better; dotted: 0.8)")
-    ax.set_ylabel("bits per byte (down is better)")
+    ax.set_xlabel(f"{axes[N_EFF.name]}; dotted: {RESTORED:g})")
+    ax.set_ylabel(f"{axes[quality.name]})")
     legend(figure, c.styles, columns=3, controls=False)  # lines, named where they are drawn
     what = (
         "small marks are seeds, large ones means (from five seeds on with their 95% ellipse)"
@@ -109,11 +113,12 @@ def _figure(c: Context, view: View, arms: list[dict[str, Any]], finished: pl.Dat
 
 
 def _range(c: Context, values: NDArray[np.float64]) -> tuple[float, float]:
-    """Lowest and highest bpb drawn: one poor arm must not flatten the others, so four usual spreads are the most."""
-    q1, q3 = np.quantile(values, [0.25, 0.75])
+    """Lowest and highest value drawn: one poor arm must not flatten the others, so four usual spreads are the most."""
     lines = _controls(c).values()
-    top = min(float(values.max()), float(q3 + 4 * max(q3 - q1, 1e-3)))
-    return min([float(values.min()), *lines]), max([top, *lines])
+    limit = poor_end(values, c.quality.sign)
+    low, high = float(values.min()), float(values.max())
+    low, high = (low, min(high, limit)) if c.quality.better == "lower" else (max(low, limit), high)
+    return min([low, *lines]), max([high, *lines])
 
 
 def _marks(
@@ -125,14 +130,14 @@ def _marks(
     shown = [a for a in c.order if a in groups and (dots or len(groups) <= 400 or a in front or a in c.shown)]
     traces = []
     for arm in shown:
-        x, y, style = groups[arm]["n_eff_frac"].to_list(), groups[arm]["bpb"].to_list(), c.styles.arms[arm]
+        x, y, style = groups[arm][N_EFF.name].to_list(), groups[arm][c.quality.name].to_list(), c.styles.arms[arm]
         if dots:
             ax.plot(x, y, linestyle="none", markersize=4.5, alpha=0.8, **mark(style))
         ax.plot(np.mean(x), np.mean(y), linestyle="none", markersize=9 if dots else 4, **mark(style))
         ring = ellipse(x, y) if len(groups) <= 24 else None
         if ring:
             ax.plot(*ring, color=style.colour, linewidth=0.7, alpha=0.6, linestyle=DASHES[style.dash])
-        traces.append(_dots(groups[arm], c.labels[arm], style, dots, len(shown) <= 24))
+        traces.append(_dots(c, groups[arm], c.labels[arm], style, dots, len(shown) <= 24))
     return traces
 
 
@@ -156,9 +161,9 @@ def _lines(c: Context, ax: Axes) -> list[dict[str, Any]]:
     return traces
 
 
-def _dots(group: pl.DataFrame, label: str, style: ArmStyle, dots: bool, named: bool) -> dict[str, Any]:
+def _dots(c: Context, group: pl.DataFrame, label: str, style: ArmStyle, dots: bool, named: bool) -> dict[str, Any]:
     """One arm's plotly trace: every seed where they are drawn, and the mean, larger."""
-    x, y = group["n_eff_frac"].to_list(), group["bpb"].to_list()
+    x, y = group[N_EFF.name].to_list(), group[c.quality.name].to_list()
     text = [f"seed {s}, run {i[:8]}" for s, i in zip(group["seed"], group["run_id"], strict=True)] if dots else []
     many = len(x) if dots else 0
     marker = plotly_mark(style) | {"size": [8] * many + [13]}
@@ -171,7 +176,9 @@ def _dots(group: pl.DataFrame, label: str, style: ArmStyle, dots: bool, named: b
         "text": [*text, f"mean of {len(x)}"],
         "marker": marker,
         "showlegend": named,
-        "hovertemplate": "%{text}<br>n_eff %{x:.3f}, bpb %{y:.4f}<extra>" + plain(label) + "</extra>",
+        "hovertemplate": f"%{{text}}<br>{N_EFF.short} %{{x:{N_EFF.form}}}, {c.quality.short} %{{y:{c.quality.form}}}<extra>"
+        + plain(label)
+        + "</extra>",
     }
 
 
@@ -179,6 +186,6 @@ def _controls(c: Context) -> dict[str, float]:
     out = {}
     for a in c.findings["arms"]:
         # Those in an arm's own activation are in the section on controls.
-        if a["kind"] == "control" and a["bpb"] and " " not in a["arm"]:
-            out[a["label"]] = a["bpb"]["mean"]
+        if a["kind"] == "control" and a[c.quality.name] and " " not in a["arm"]:
+            out[a["label"]] = a[c.quality.name]["mean"]
     return out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 
+from ablate.config.endpoints import N_EFF
 from ablate.report.context import Context
 from ablate.report.draw import few_ticks, mark, wrap
 from ablate.report.parts import Table, View
@@ -17,7 +18,7 @@ DOTS = 24  # arms in the seed panel
 def power(c: Context) -> View:
     """Show seeds as dots, probability of collapse, what the design could have seen, the A/A test."""
     view = View("power", "Seeds and power", "How noisy is this, and what size of effect could it have missed?")
-    view.missing = needs(c, "bpb")
+    view.missing = needs(c, "quality")
     if view.missing:
         return view
     _seeds(c, view)
@@ -47,18 +48,18 @@ def _seeds(c: Context, view: View) -> None:
     left, right = figure.subplots(1, 2, sharey=True)
     for i, arm in enumerate(arms[::-1]):
         rows = frame.filter(pl.col("arm") == arm).sort("seed")
-        for ax, key in ((left, "bpb"), (right, "n_eff_frac")):
+        for ax, key in ((left, c.quality.name), (right, N_EFF.name)):
             x = rows[key].drop_nulls().to_list()
             look = {"markersize": 5, "alpha": 0.3 if many else 0.85, "rasterized": many}
             ax.plot(x, [i] * len(x), linestyle="none", **look, **mark(c.styles.arms[arm]))
             if x:
                 ax.plot([np.mean(x)] * 2, [i - 0.3, i + 0.3], color=MUTED, linewidth=1.4)
     left.set_yticks(range(len(arms)), [wrap(c.labels[a], 40) for a in arms[::-1]])
-    left.set_xlabel("bits per byte")
-    right.set_xlabel("effective leaves / L")
+    left.set_xlabel(c.quality.label)
+    right.set_xlabel(N_EFF.label)
     few_ticks(left, right)
     view.figures.append(("seeds", "Every seed a dot, bars are means", figure))
-    view.data["seeds"] = frame.select("arm", "seed", "trial", "run_id", "bpb", "n_eff_frac").sort("arm", "seed")
+    view.data["seeds"] = frame.select("arm", "seed", "trial", "run_id", c.quality.name, N_EFF.name).sort("arm", "seed")
 
 
 def _twins(c: Context, view: View) -> None:

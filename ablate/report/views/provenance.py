@@ -8,13 +8,14 @@ from typing import Any
 import polars as pl
 
 from ablate.analysis.arms import level_text
-from ablate.analysis.frames import FACTOR
+from ablate.config.endpoints import Endpoint
 from ablate.report.context import Context
 from ablate.report.explorer import explorer
 from ablate.report.parallel import parallel
 from ablate.report.parts import Column, Table, View
 from ablate.report.tables import RUNS, cells, columns
 from ablate.report.wording import short
+from ablate.results.columns import FACTOR
 
 
 def provenance(c: Context) -> View:
@@ -29,7 +30,7 @@ def provenance(c: Context) -> View:
     else:
         view.reading.append("Every run finished; none is excluded.")
     rows = [_run(c, r, factors) for r in c.tables.trials.iter_rows(named=True)]
-    view.tables.append(Table("runs", "Every run", _run_columns(factors), rows, limit=100))
+    view.tables.append(Table("runs", "Every run", _run_columns(c.quality, factors), rows, limit=100))
     if c.findings["design"] != "search":  # whose own section draws candidates, not runs
         parallel(c, view, rows, factors)
     view.widgets.append(("runs", explorer(c, rows, factors)))
@@ -64,7 +65,7 @@ def _exclusions(c: Context) -> Table:
 
 
 def _run(c: Context, r: dict[str, Any], factors: list[str]) -> dict[str, Any]:
-    measured = ("lr", "bpb", "n_eff_frac", "dead_frac", "seconds")
+    measured = ("lr", c.quality.name, "n_eff_frac", "dead_frac", "seconds")
     return {
         **{key: r[key] for key in ("trial", "kind", "seed", "status", *measured)},
         **{f: level_text(r[FACTOR + f]) for f in factors},
@@ -74,11 +75,11 @@ def _run(c: Context, r: dict[str, Any], factors: list[str]) -> dict[str, Any]:
     }
 
 
-def _run_columns(factors: list[str]) -> list[Column]:
+def _run_columns(of: Endpoint, factors: list[str]) -> list[Column]:
     return [
         *cells(trial="trial", arm="arm", kind="kind", seed=("seed", "d"), status="status"),
         *(Column(f, short(f)) for f in factors),
-        *cells(lr=("lr", ".3g"), bpb=("bpb", ".4f"), n_eff_frac=("n_eff_frac", ".3f")),
+        *cells(lr=("lr", ".3g"), **{of.name: (of.short, of.form)}, n_eff_frac=("n_eff_frac", ".3f")),
         *cells(dead_frac=("dead_frac", ".3f"), seconds=("seconds", ",.0f"), again="makes it again"),
         RUNS,
     ]

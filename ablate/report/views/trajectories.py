@@ -6,6 +6,7 @@ from typing import Any
 
 import polars as pl
 
+from ablate.config.endpoints import RESTORED
 from ablate.report.context import Context
 from ablate.report.draw import panels, wrap
 from ablate.report.parts import View
@@ -33,7 +34,7 @@ def trajectories(c: Context) -> View:
             look: dict[str, Any] = {"linewidth": 1.3, "rasterized": many, "alpha": 0.3 if many else 1.0}
             ax.plot(part["step"], part["n_eff_frac"], color="#0072b2", label="n_eff_frac", **look)
             ax.plot(part["step"], part["dead_frac"], color="#d55e00", linestyle="--", label="dead_frac", **look)
-        ax.axhline(0.8, color=MUTED, linewidth=0.8, linestyle=":")
+        ax.axhline(RESTORED, color=MUTED, linewidth=0.8, linestyle=":")
         ax.set_title(wrap(c.labels[arm], 32))
         ax.set_ylim(-0.03, 1.03)
         if i == 0:
@@ -49,7 +50,7 @@ def trajectories(c: Context) -> View:
     view.figures.append(
         (
             "trajectories",
-            "Effective leaves (solid) and dead leaves (dashed) over training; every line is a seed, dotted: 0.8",
+            f"Effective leaves (solid) and dead leaves (dashed) over training; every line is a seed, dotted: {RESTORED:g}",
             figure,
         )
     )

@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from ablate.config.endpoints import N_EFF, label_of
 from ablate.report.context import Context
 from ablate.report.draw import versus, zero
 from ablate.report.parts import Table, View
 from ablate.report.style import GRID, VERDICT_COLOUR, VERDICT_MARK, new
 from ablate.report.tables import cells
-from ablate.report.wording import ENDPOINT, cap
+from ablate.report.wording import cap
 
 FOREST = 14  # rows an endpoint has in the forest plot
 
@@ -47,7 +48,7 @@ def verdicts(c: Context) -> View:
         runs=("runs", "runs"),
     )
     view.tables.append(Table("verdicts", "All comparisons, supported first", head, rows))
-    for endpoint in ("bpb", "n_eff_frac"):
+    for endpoint in (c.quality.name, N_EFF.name):
         shown = sorted((f for f in main if f["endpoint"] == endpoint and f["effect"] is not None), key=_importance)
         if shown:
             _forest(view, endpoint, shown)
@@ -110,7 +111,8 @@ def _summary(c: Context) -> list[str]:
     if gap:
         can = "so it can tell layers apart" if gap["sensitive"] else "too few to tell layers apart (3 are needed)"
         out.append(
-            f"Dense layers of active and of total size are {gap['gap']:.4f} bpb apart, {gap['margins']:.1f} margins: {can}."
+            f"Dense layers of active and of total size are {gap['gap']:{c.quality.form}} {c.quality.short} apart, "
+            f"{gap['margins']:.1f} margins: {can}."
         )
     return out
 
@@ -133,9 +135,9 @@ def _forest(view: View, endpoint: str, shown: list[dict[str, Any]]) -> None:
         ax.set_xlim(-usual, usual)
     ax.set_yticks(range(len(rows)), [versus(f["arm_label"], f["reference_label"]) for f in rows])
     ax.set_ylim(-0.6, len(rows) - 0.4)
-    ax.set_xlabel(f"difference in {ENDPOINT[endpoint]}, 95% interval\n(grey: within the margin of {margin:g})")
+    ax.set_xlabel(f"difference in {label_of(endpoint)}, 95% interval\n(grey: within the margin of {margin:g})")
     ax.grid(axis="y", visible=False)
     handles = [ax.plot([], [], VERDICT_MARK[v], color=VERDICT_COLOUR[v], label=v)[0] for v in VERDICT_COLOUR]
     figure.legend(handles=handles, loc="outside upper center", ncols=3)
     more = f" (first {len(rows)} of {len(shown)})" if len(shown) > len(rows) else ""
-    view.figures.append((f"verdicts_{endpoint}", f"Differences in {ENDPOINT[endpoint]}{more}", figure))
+    view.figures.append((f"verdicts_{endpoint}", f"Differences in {label_of(endpoint)}{more}", figure))

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from ablate.analysis.search.story import text
+from ablate.config.endpoints import label_of
 from ablate.report.context import Context
 from ablate.report.draw import few_ticks, mark
 from ablate.report.parts import Column, Table, View
 from ablate.report.style import MUTED, new
-from ablate.report.views.search.words import NAMES, axis, form, nothing, objectives, setting_columns, sound
+from ablate.report.views.search.words import axis, form, nothing, objectives, setting_columns, sound
 
 DRAWN = 20  # candidates in the figure
 
@@ -126,7 +127,7 @@ def _figure(c: Context, view: View) -> None:
                 if m["interval"]:
                     ax.plot(m["interval"], [i + shift] * 2, color=style.colour, linewidth=1.2, alpha=0.8)
                 ax.plot(m["mean"], i + shift, linestyle="none", markersize=5.5, **look)
-        ax.set_xlabel(axis(c, o) if len(known) < 3 else NAMES[o])
+        ax.set_xlabel(axis(c, o) if len(known) < 3 else label_of(o))
         ax.grid(axis="y", visible=False)
     axes[0].set_yticks(range(len(shown)), [r["arm"] for r in shown[::-1]])
     few_ticks(*axes, count=4 if len(known) > 1 else 6)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import polars as pl
 
+from ablate.config.endpoints import label_of
 from ablate.report.context import Context
-from ablate.report.draw import few_ticks, legend, mark, plotly_mark
+from ablate.report.draw import cut_poor_end, few_ticks, legend, mark, plotly_mark
 from ablate.report.parts import View
 from ablate.report.style import MUTED, new
-from ablate.report.views.search.words import NAMES, axis, better, nothing, objectives, short_names, sound
+from ablate.report.views.search.words import axis, better, nothing, objectives, short_names, sound
 
 LIKELY = 0.1  # probability of being on the front from which a candidate is drawn with its interval
 
@@ -82,7 +82,7 @@ def _scatter(c: Context, ax: Any, rows: list[dict[str, Any]], quality: str, othe
     step = _steps(c, rows, quality, other)
     if first:
         ax.step(*step, where="pre" if better(c, other) == "higher" else "post", color=MUTED, linewidth=0.9, zorder=1)
-    _limits(ax, rows, quality)
+    _limits(c, ax, rows, quality)
     ax.set_xlabel(axis(c, other))
     ax.set_ylabel(axis(c, quality))
     few_ticks(ax)
@@ -93,12 +93,10 @@ def _steps(c: Context, rows: list[dict[str, Any]], quality: str, other: str) -> 
     return [x for x, _ in on], [y for _, y in on]
 
 
-def _limits(ax: Any, rows: list[dict[str, Any]], quality: str) -> None:
+def _limits(c: Context, ax: Any, rows: list[dict[str, Any]], quality: str) -> None:
     """One poor candidate must not flatten the others."""
-    values = np.array([r["racing"][quality]["mean"] for r in rows])
-    q1, q3 = np.quantile(values, [0.25, 0.75])
-    if quality == "bpb" and values.max() > q3 + 4 * max(q3 - q1, 1e-3):
-        ax.set_ylim(top=float(q3 + 4 * max(q3 - q1, 1e-3)))
+    if quality == c.quality.name:
+        cut_poor_end(ax, [r["racing"][quality]["mean"] for r in rows], c.quality.sign)
 
 
 def _plot(c: Context, rows: list[dict[str, Any]], quality: str, other: str) -> dict[str, Any]:
@@ -160,8 +158,8 @@ def _plot(c: Context, rows: list[dict[str, Any]], quality: str, other: str) -> d
             }
         )
     layout = {
-        "xaxis": {"title": {"text": f"{NAMES[other]} ({better(c, other)} is better)"}},
-        "yaxis": {"title": {"text": f"{NAMES[quality]} ({better(c, quality)} is better)"}},
+        "xaxis": {"title": {"text": f"{label_of(other)} ({better(c, other)} is better)"}},
+        "yaxis": {"title": {"text": f"{label_of(quality)} ({better(c, quality)} is better)"}},
         "height": 520,
     }
     return {"data": traces, "layout": layout}

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from ablate.config.endpoints import label_of
 from ablate.report.context import Context
-from ablate.report.draw import few_ticks, mark
+from ablate.report.draw import cut_poor_end, few_ticks, mark
 from ablate.report.parts import View
 from ablate.report.style import COLOURS, INK, MUTED, new
-from ablate.report.views.search.words import NAMES, axis, nothing, objectives, sound
+from ablate.report.views.search.words import axis, nothing, objectives, sound
 
 
 def history(c: Context) -> View:
@@ -35,10 +36,9 @@ def history(c: Context) -> View:
             place = next(i for i, h in zip(x, rows, strict=True) if h["arm"] == r["arm"])
             ax.plot(place, r["racing"][o]["mean"], linestyle="none", markersize=6, **mark(c.styles.arms[r["arm"]]))
         ax.step(x, [r["best"].get(o, np.nan) for r in rows], where="post", color=COLOURS[0], linewidth=1.6)
-        ax.set_ylabel(NAMES[o] if len(known) > 1 else axis(c, o))
-        q1, q3 = np.quantile(y, [0.25, 0.75])
-        if o == "bpb" and max(y) > q3 + 4 * max(q3 - q1, 1e-3):
-            ax.set_ylim(top=float(q3 + 4 * max(q3 - q1, 1e-3)))
+        ax.set_ylabel(label_of(o) if len(known) > 1 else axis(c, o))
+        if o == c.quality.name:
+            cut_poor_end(ax, y, c.quality.sign)
     if volume:
         axes[-1].step(x, [r["hypervolume"] or np.nan for r in rows], where="post", color=INK, linewidth=1.4)
         axes[-1].set_ylabel("hypervolume")

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from ablate.config.endpoints import label_of
 from ablate.report.context import Context
 from ablate.report.draw import few_ticks, strip, wrap
 from ablate.report.parts import Column, Table, View
 from ablate.report.style import COLOURS, MUTED, new
-from ablate.report.views.search.words import NAMES, better, nothing, objectives, sound
+from ablate.report.views.search.words import better, nothing, objectives, sound
 from ablate.report.wording import cap, short
 
 FACTORS = 8  # rows of the figure of partial dependence
@@ -30,7 +31,7 @@ def importances(c: Context) -> View:
         named = [
             f"{short(r['factor'])} {r['value']:.0%} ({r['interval'][0]:.0%} to {r['interval'][1]:.0%})" for r in own[:3]
         ]
-        view.reading.insert(0, f"{cap(NAMES[o])}: {', '.join(named)}.")
+        view.reading.insert(0, f"{cap(label_of(o))}: {', '.join(named)}.")
     view.details = [
         "How to read this",
         "Functional analysis of variance of a Gaussian process fitted to the candidates' mean over seeds, over the space "
@@ -54,7 +55,7 @@ def importances(c: Context) -> View:
             ax.plot(r["total"], i, "o", markersize=5, color=COLOURS[k], markerfacecolor="none")
         ax.set_xlim(0, 1.02)
         ax.set_xlabel("share of the variance")
-        ax.set_title(NAMES[o])
+        ax.set_title(label_of(o))
         ax.grid(axis="y", visible=False)
     axes[0].set_yticks(range(len(names)), [short(n) for n in names[::-1]])
     caption = "Bars: the setting alone, with 95% intervals; circles: with its interactions"
@@ -96,14 +97,14 @@ def _bars(rows: list[dict[str, Any]], names: list[str], shown: list[str]) -> dic
             {
                 "type": "bar",
                 "orientation": "h",
-                "name": NAMES[o],
+                "name": label_of(o),
                 "y": [short(n) for n in names],
                 "x": [own[n]["value"] for n in names],
                 "error_x": {"type": "data", "array": up, "arrayminus": down, "thickness": 1.2},
                 "marker": {"color": COLOURS[k]},
                 "customdata": [own[n]["total"] for n in names],
                 "hovertemplate": "%{y}: %{x:.3f} alone, %{customdata:.3f} with interactions<extra>"
-                + NAMES[o]
+                + label_of(o)
                 + "</extra>",
             }
         )
@@ -139,7 +140,7 @@ def dependence(c: Context) -> View:
             _curve(axes[i, k], r, COLOURS[k])
             axes[i, k].set_xlabel(short(name))
             if i == 0:
-                axes[i, k].set_title(f"{NAMES[o]} ({better(c, o)} is better)")
+                axes[i, k].set_title(f"{label_of(o)} ({better(c, o)} is better)")
     caption = "Prediction over one setting, averaged over the candidates' other settings"
     more = "" if len(order) == len({r["factor"] for r in rows}) else f"; the {len(order)} most important"
     view.figures.append(("dependence", caption + more, figure))
@@ -205,9 +206,9 @@ def maps(c: Context) -> View:
             ax.set_visible(False)
         pictures = [_map(ax, r, low, high, better(c, o)) for ax, r in zip(axes.ravel(), own, strict=False)]
         figure.colorbar(
-            pictures[0], ax=axes.ravel().tolist(), label=f"{NAMES[o]} ({better(c, o)} is better)", fraction=0.03
+            pictures[0], ax=axes.ravel().tolist(), label=f"{label_of(o)} ({better(c, o)} is better)", fraction=0.03
         )
-        view.figures.append((f"maps_{o}", f"{cap(NAMES[o])} over pairs of settings", figure))
+        view.figures.append((f"maps_{o}", f"{cap(label_of(o))} over pairs of settings", figure))
     view.data["maps"] = pl.DataFrame(
         [
             {"objective": r["objective"], "first": r["factors"][0], "second": r["factors"][1], "at": a, "and": b}
@@ -250,10 +251,10 @@ def _fit(c: Context) -> list[str]:
     out = []
     for r in c.findings["search"]["surrogate"]:
         if r["withheld"]:
-            out.append(f"{cap(NAMES[r['objective']])}: nothing is said, for {r['withheld']}.")
+            out.append(f"{cap(label_of(r['objective']))}: nothing is said, for {r['withheld']}.")
         elif r["left_out_r2"] < 0.5:
             out.append(
-                f"{cap(NAMES[r['objective']])}: the surrogate explains only {r['left_out_r2']:.0%} of the differences "
+                f"{cap(label_of(r['objective']))}: the surrogate explains only {r['left_out_r2']:.0%} of the differences "
                 "between candidates that it has not seen; read it with care."
             )
     return out

@@ -4,27 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+from ablate.config.endpoints import ENDPOINTS, label_of
 from ablate.report.context import Context
 from ablate.report.parts import Column
 from ablate.report.wording import short
 
-NAMES = {
-    "bpb": "bits per byte",
-    "n_eff_frac": "effective leaves / L",
-    "dead_frac": "dead leaves / L",
-    "bits_lost": "bits lost",
-}
-FORM = {"bpb": ".4f"}
-
 
 def axis(c: Context, objective: str) -> str:
     """Return an objective's axis label, with the side that is better."""
-    return f"{NAMES[objective]} ({better(c, objective)} is better)"
+    return f"{label_of(objective)} ({better(c, objective)} is better)"
 
 
 def better(c: Context, objective: str) -> str:
     """Return lower or higher."""
-    return next(str(o["better"]) for o in c.findings["search"]["objectives"] if o["objective"] == objective)
+    return ENDPOINTS[objective].better
 
 
 def objectives(c: Context) -> list[str]:
@@ -34,7 +27,7 @@ def objectives(c: Context) -> list[str]:
 
 def form(objective: str) -> str:
     """Return the number format of an objective."""
-    return FORM.get(objective, ".3f")
+    return ENDPOINTS[objective].form
 
 
 def sound(c: Context) -> list[dict[str, Any]]:
