@@ -1,4 +1,4 @@
-"""The Triton backend on a GPU: the contract on every route, the paper's scale, repeatability, capture, measured tuning.
+"""The Triton backend on a GPU: the contract on every strategy, the paper's scale, repeatability, capture, measured tuning.
 
 Skips where there is no CUDA or ROCm device. `pytest -m gpu` runs this; then `ablate bench layer --device cuda` times it.
 """
@@ -16,7 +16,7 @@ from ablate.kernels.op import tree_feedforward
 from ablate.kernels.spec import TreeSpec
 from ablate.kernels.triton import backend as launch
 from ablate.kernels.triton import tuned
-from ablate.kernels.triton.tiling import ROUTES, Route
+from ablate.kernels.triton.tiling import STRATEGIES, Strategy
 from ablate.kernels.triton.tune import tune
 from tests.kernels.conftest import pytest_generate_tests
 from tests.kernels.contract import BackendContract, Case, Layer, check
@@ -33,37 +33,37 @@ class GpuContract(BackendContract):
     backend = "triton"
     device = "cuda"
     dtypes = (torch.float32, torch.bfloat16)
-    route: Route
+    strategy: Strategy
 
     @pytest.fixture(autouse=True)
-    def _one_route(self) -> Iterator[None]:
-        with launch.using(route=self.route, always_tile=True):
+    def _one_strategy(self) -> Iterator[None]:
+        with launch.using(strategy=self.strategy, always_tile=True):
             yield
 
 
 class TestTiles(GpuContract):
-    route = "tiles"
+    strategy = "tiles"
 
 
 class TestGather(GpuContract):
-    route = "gather"
+    strategy = "gather"
 
 
 class TestMasked(GpuContract):
-    route = "masked"
+    strategy = "masked"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("route", [*ROUTES, None])
+@pytest.mark.parametrize("strategy", [*STRATEGIES, None])
 @pytest.mark.parametrize(
     ("depth", "leaf_width", "trees", "placement"),
     [(7, 1, 2, "unit"), (10, 16, 1, "tree"), (12, 1, 2, "sum"), (13, 3, 1, "unit"), (3, 100, 2, "unit")],
 )
 def test_large_layers(
-    depth: int, leaf_width: int, trees: int, placement: str, route: Route | None, dtype: torch.dtype
+    depth: int, leaf_width: int, trees: int, placement: str, strategy: Strategy | None, dtype: torch.dtype
 ) -> None:
     spec = TreeSpec(trees=trees, depth=depth, leaf_width=leaf_width, placement=placement)  # type: ignore[arg-type]
-    with launch.using(route=route):
+    with launch.using(strategy=strategy):
         check(Case(why="large", tokens=1000, d=200, spec=spec, thresholds=True), "triton", dtype, "cuda")
 
 
@@ -71,18 +71,18 @@ def test_large_layers(
 def test_every_shipped_configuration(place: int) -> None:
     named = tuple((kernel, place) for kernel in ("tile_dots", "spread", "tile_wgrad", "row_dots"))
     spec = TreeSpec(trees=2, depth=9, leaf_width=2)
-    for route in ROUTES:
-        with launch.using(route=route, config=named):
+    for strategy in STRATEGIES:
+        with launch.using(strategy=strategy, config=named):
             check(Case(why="configuration", tokens=700, d=320, spec=spec), "triton", torch.bfloat16, "cuda")
 
 
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("hot", [False, True])
-def test_repeats_bitwise_at_scale(route: Route, hot: bool) -> None:
+def test_repeats_bitwise_at_scale(strategy: Strategy, hot: bool) -> None:
     """Races and float atomics show here, where the interpreter cannot show them."""
     spec = TreeSpec(trees=4, depth=11, leaf_width=1)
     layer = Layer.of(Case(why="repeat", tokens=8192, d=768, spec=spec, hot=hot), torch.bfloat16, "cuda")
-    with launch.using(route=route):
+    with launch.using(strategy=strategy):
         first, first_grads = layer.call("triton")
         for _ in range(5):
             again, grads = layer.call("triton")

@@ -1,6 +1,6 @@
-"""The shared contract on the tiles route, and its comparison with the reference on the other routes and in bf16.
+"""The shared contract on the tiles strategy, and its comparison with the reference on the other strategies and in bf16.
 
-The interpreter takes a second or two for a case, so outside the tiles route cases are dealt out.
+The interpreter takes a second or two for a case, so outside the tiles strategy cases are dealt out.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ablate.kernels.triton import backend as launch
-from ablate.kernels.triton.tiling import Route
+from ablate.kernels.triton.tiling import Strategy
 from tests.kernels.contract import CASES, BackendContract, Case, check
 
 
@@ -20,12 +20,12 @@ class TestTiles(BackendContract):
 
     @pytest.fixture(autouse=True)
     def _tiles(self) -> Iterator[None]:
-        with launch.using(route="tiles", always_tile=True):
+        with launch.using(strategy="tiles", always_tile=True):
             yield
 
 
 @pytest.mark.parametrize(
-    ("route", "dtype", "case"),
+    ("strategy", "dtype", "case"),
     [
         *(pytest.param("gather", torch.float32, c, id=f"gather-{c}") for c in CASES[1::4]),
         *(pytest.param("masked", torch.float32, c, id=f"masked-{c}") for c in CASES[2::4]),
@@ -33,6 +33,6 @@ class TestTiles(BackendContract):
         *(pytest.param("gather", torch.bfloat16, c, id=f"bf16-gather-{c}") for c in CASES[3::12]),
     ],
 )
-def test_agrees_with_the_reference(route: Route, dtype: torch.dtype, case: Case) -> None:
-    with launch.using(route=route, always_tile=True):
+def test_agrees_with_the_reference(strategy: Strategy, dtype: torch.dtype, case: Case) -> None:
+    with launch.using(strategy=strategy, always_tile=True):
         check(case, "triton", dtype)

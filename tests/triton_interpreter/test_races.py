@@ -24,12 +24,16 @@ ONE_STAGE: dict[str, Any] = {"trees": 3, "depth": 3, "leaf_width": 3}
 @pytest.mark.parametrize(
     ("fields", "pinned", "kernels"),
     [
-        (TWO_STAGES, {"route": "tiles", "always_tile": True, "tile_levels": 2}, {"tile_dots", "spread", "tile_wgrad"}),
-        (ONE_STAGE, {"route": "tiles", "always_tile": True, "split_tokens": 8}, {"tile_wgrad", "fold"}),
-        (ONE_STAGE | {"placement": "tree"}, {"route": "tiles", "always_tile": True}, {"spread"}),
-        (ONE_STAGE | {"placement": "sum"}, {"route": "masked"}, {"tile_dots", "spread"}),
-        (ONE_STAGE | {"node_output": False}, {"route": "gather"}, {"row_dots", "spread"}),
-        ({"trees": 1, "depth": 2, "leaf_width": 70}, {"route": "tiles", "always_tile": True}, {"tile_dots"}),
+        (
+            TWO_STAGES,
+            {"strategy": "tiles", "always_tile": True, "tile_levels": 2},
+            {"tile_dots", "spread", "tile_wgrad"},
+        ),
+        (ONE_STAGE, {"strategy": "tiles", "always_tile": True, "split_tokens": 8}, {"tile_wgrad", "fold"}),
+        (ONE_STAGE | {"placement": "tree"}, {"strategy": "tiles", "always_tile": True}, {"spread"}),
+        (ONE_STAGE | {"placement": "sum"}, {"strategy": "masked"}, {"tile_dots", "spread"}),
+        (ONE_STAGE | {"node_output": False}, {"strategy": "gather"}, {"row_dots", "spread"}),
+        ({"trees": 1, "depth": 2, "leaf_width": 70}, {"strategy": "tiles", "always_tile": True}, {"tile_dots"}),
     ],
     ids=["two stages", "split segments", "placement tree", "masked", "gather", "wide leaves"],
 )

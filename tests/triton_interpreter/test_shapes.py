@@ -1,4 +1,4 @@
-"""What the contract's small trees do not reach: several stages, mixed plans, split sums, wide leaves, large depths."""
+"""What the contract's small trees do not reach: several stages, mixed tilings, split sums, wide leaves, large depths."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from ablate.kernels.op import route
 from ablate.kernels.spec import TreeSpec
 from ablate.kernels.triton import backend as launch
-from ablate.kernels.triton.tiling import make_plan
+from ablate.kernels.triton.tiling import make_tiling
 from tests.kernels.contract import Case, Layer, check
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -40,13 +40,13 @@ def case(why: str, tokens: int, d: int = 16, hot: bool = False, **fields: Any) -
     ids=lambda v: str(v).replace(" ", "-") if isinstance(v, Case) else None,
 )
 def test_all_tiles(one: Case, dtype: torch.dtype, pinned: dict[str, Any]) -> None:
-    with launch.using(route="tiles", always_tile=True, **pinned):
+    with launch.using(strategy="tiles", always_tile=True, **pinned):
         check(one, "triton", dtype)
 
 
 @pytest.mark.usefixtures("checks_overflow")
 def test_segments_split_over_two_stages() -> None:
-    with launch.using(route="tiles", always_tile=True, split_tokens=16, tile_levels=2):
+    with launch.using(strategy="tiles", always_tile=True, split_tokens=16, tile_levels=2):
         check(case("segments split, two stages, bf16", 150, depth=4), "triton", BF16)
 
 
@@ -62,52 +62,52 @@ def test_segments_split_over_two_stages() -> None:
     ids=lambda v: str(v).replace(" ", "-") if isinstance(v, Case) else None,
 )
 def test_large_depths(one: Case, dtype: torch.dtype) -> None:
-    with launch.using(route="tiles", always_tile=True):
+    with launch.using(strategy="tiles", always_tile=True):
         check(one, "triton", dtype)
 
 
 @pytest.mark.usefixtures("checks_overflow")
 def test_levels_without_enough_tokens_are_walked_row_by_row() -> None:
     one = case("tiles above, rows below", 30, depth=6, trees=2, leaf_width=3)
-    plan = make_plan(one.spec, 32, "bf16", "tiles", levels=4)
-    assert len(plan.stages) == 1
-    assert plan.row_level == 3
-    with launch.using(route="tiles", tile_levels=4):
+    tiling = make_tiling(one.spec, 32, "bf16", "tiles", levels=4)
+    assert len(tiling.stages) == 1
+    assert tiling.row_level == 3
+    with launch.using(strategy="tiles", tile_levels=4):
         check(one, "triton", BF16)
 
 
 @pytest.mark.usefixtures("checks_overflow")
 def test_row_leaves_below_a_sorted_stage() -> None:
     one = case("rows for leaves alone", 100, depth=6)
-    plan = make_plan(one.spec, 128, "bf16", "tiles", levels=3)
-    assert len(plan.stages) == 2
-    assert plan.leaves is None
-    assert plan.sorted
-    with launch.using(route="tiles", tile_levels=3):
+    tiling = make_tiling(one.spec, 128, "bf16", "tiles", levels=3)
+    assert len(tiling.stages) == 2
+    assert tiling.leaves is None
+    assert tiling.sorted
+    with launch.using(strategy="tiles", tile_levels=3):
         check(one, "triton", BF16)
 
 
 def test_gather_beyond_one_tile() -> None:
-    with launch.using(route="gather"):
+    with launch.using(strategy="gather"):
         check(case("gather", 20, depth=7, leaf_width=2), "triton", FP32)
 
 
 @pytest.mark.usefixtures("checks_overflow")
 def test_masked_trees_deeper_than_one_tile_visit_every_tile_they_need() -> None:
-    with launch.using(route="masked", tile_levels=2):
+    with launch.using(strategy="masked", tile_levels=2):
         check(case("masked", 80, depth=4), "triton", FP32)
 
 
 @pytest.mark.parametrize("place", [0, 1])
 def test_every_shipped_configuration_computes_the_same(place: int) -> None:
     named = (("tile_dots", place), ("spread", place), ("tile_wgrad", place))
-    with launch.using(route="tiles", always_tile=True, tile_levels=2, config=named):
+    with launch.using(strategy="tiles", always_tile=True, tile_levels=2, config=named):
         check(case("configuration", 70, depth=4), "triton", BF16)
-    with launch.using(route="gather", config=(("row_dots", place),)):
+    with launch.using(strategy="gather", config=(("row_dots", place),)):
         check(case("configuration", 9, depth=4), "triton", BF16)
 
 
-def test_chosen_route_when_nothing_is_pinned(caplog: pytest.LogCaptureFixture) -> None:
+def test_chosen_strategy_when_nothing_is_pinned(caplog: pytest.LogCaptureFixture) -> None:
     launch.forget_choices()
     with caplog.at_level("INFO", logger="ablate.kernels.triton.backend"):
         check(case("own choice", 20, depth=3), "triton", FP32)
@@ -135,7 +135,7 @@ def test_responses_that_are_not_numbers_go_left_and_stay_with_their_token() -> N
     layer = Layer.of(case("nan", 30, depth=4), FP32, "cpu")
     clean, _ = layer.call("triton")
     layer.x[7] = torch.nan
-    with launch.using(route="tiles", always_tile=True, tile_levels=2):
+    with launch.using(strategy="tiles", always_tile=True, tile_levels=2):
         out, _ = layer.call("triton")
     others = torch.arange(30) != 7
     assert int(out.leaves[7, 0]) == 0

@@ -16,21 +16,21 @@ from tests.kernels.contract import Case, check
 SPEC = TreeSpec(trees=1, depth=2, leaf_width=1)
 
 
-def test_the_fastest_route_and_configurations_are_kept_and_used(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_fastest_strategy_and_configurations_are_kept_and_used(caplog: pytest.LogCaptureFixture) -> None:
     """The clock says: gather is fast, and its second configuration faster."""
 
     def clock(call: Callable[[], object]) -> float:
         call()
         policy = launch.pinned()
-        route = {"tiles": 3.0, "gather": 2.0, "masked": 4.0}[str(policy.route)]
-        return route - 0.5 * dict(policy.config).get("row_dots", 0) + dict(policy.config).get("tile_wgrad", 0)
+        strategy = {"tiles": 3.0, "gather": 2.0, "masked": 4.0}[str(policy.strategy)]
+        return strategy - 0.5 * dict(policy.config).get("row_dots", 0) + dict(policy.config).get("tile_wgrad", 0)
 
     best = tune(SPEC, 5, 16, device="cpu", measure=clock)
     assert best == tuned.Entry("gather", {"row_dots": 1}, 1.5)
     assert tuned.lookup("interpreter", SPEC, 7, 16, "bf16") == best
     with caplog.at_level("INFO", logger="ablate.kernels.triton.backend"):
         check(Case(why="tuned", tokens=5, d=16, spec=SPEC), "triton", torch.bfloat16)
-    assert "route gather (measured)" in caplog.text
+    assert "strategy gather (measured)" in caplog.text
     launch.forget_choices()
 
 

@@ -1,4 +1,4 @@
-"""The Triton backend: checks, choice of route and configurations, and the three functions that `op` calls.
+"""The Triton backend: checks, choice of strategy and configurations, and the three functions that `op` calls.
 
 With TRITON_INTERPRET=1 in the environment before the first import, the same code takes CPU tensors.
 """
@@ -26,10 +26,10 @@ from ablate.kernels.triton.tiling import (
     TILE_LEVELS,
     Config,
     DType,
-    Plan,
-    Route,
+    Strategy,
+    Tiling,
     configs,
-    make_plan,
+    make_tiling,
     shipped,
 )
 
@@ -41,11 +41,11 @@ _log = logging.getLogger(__name__)
 class Policy:
     """What `using` can pin, for tests, measurements and tuning.
 
-    The route; tiles even where they do not pay; the levels of a subtree tile (at most 6); the tokens of one partial sum
-    of a weight gradient; and by kernel the place of the configuration in its shipped list.
+    The strategy; tiles even where they do not pay; the levels of a subtree tile (at most 6); the tokens of one partial
+    sum of a weight gradient; and by kernel the place of the configuration in its shipped list.
     """
 
-    route: Route | None = None
+    strategy: Strategy | None = None
     always_tile: bool = False
     tile_levels: int = TILE_LEVELS
     split_tokens: int = 256
@@ -163,17 +163,17 @@ def _padded(t: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=1024)
 def _choose(
     spec: TreeSpec, bucket: int, d: int, dtype: DType, policy: Policy, device: str
-) -> tuple[Plan, dict[str, Config]]:
-    """Plan and configurations for token counts up to `bucket`: pinned, else tuned on this device, else predicted."""
+) -> tuple[Tiling, dict[str, Config]]:
+    """Tiling and configurations for token counts up to `bucket`: pinned, else tuned on this device, else predicted."""
     entry = tuned.lookup(device, spec, bucket, d, dtype)
     pinned = dict(policy.config)
     places = {name: pinned.get(name, entry.configs.get(name, 0) if entry else 0) for name in KERNELS}
     chosen = {name: configs(name, dtype)[place] for name, place in places.items()}
-    if policy.route is not None:
-        return make_plan(spec, bucket, dtype, policy.route, policy.always_tile, policy.tile_levels), chosen
-    route, why = (entry.route, "measured") if entry else (predict.fastest(spec, bucket, d, dtype), "predicted")
-    _log.info("%s %s d %d, up to %d tokens on %s: route %s (%s)", spec, dtype, d, bucket, device, route, why)
-    return make_plan(spec, bucket, dtype, route, policy.always_tile, policy.tile_levels), chosen
+    if policy.strategy is not None:
+        return make_tiling(spec, bucket, dtype, policy.strategy, policy.always_tile, policy.tile_levels), chosen
+    strategy, why = (entry.strategy, "measured") if entry else (predict.fastest(spec, bucket, d, dtype), "predicted")
+    _log.info("%s %s d %d, up to %d tokens on %s: strategy %s (%s)", spec, dtype, d, bucket, device, strategy, why)
+    return make_tiling(spec, bucket, dtype, strategy, policy.always_tile, policy.tile_levels), chosen
 
 
 def device_name(device: torch.device) -> str:
@@ -187,7 +187,7 @@ def forget_choices() -> None:
 
 
 def _begin(x: Tensor, w_in: Tensor, spec: TreeSpec, *others: Tensor) -> Pass:
-    """Check what kernels rely on and choose the plan."""
+    """Check what kernels rely on and choose the tiling."""
     dtype = DTYPES.get(x.dtype)
     if dtype is None or any(w.dtype != x.dtype for w in (w_in, *others)):
         found = [str(t.dtype) for t in (x, w_in, *others)]
@@ -197,13 +197,13 @@ def _begin(x: Tensor, w_in: Tensor, spec: TreeSpec, *others: Tensor) -> Pass:
     n, d = x.shape
     if max(n, spec.in_rows) * spec.trees >= 1 << 31:
         raise ValueError(f"{n} tokens and {spec.in_rows} rows of {spec.trees} trees exceed 32-bit indices")
-    plan, chosen = _choose(spec, tuned.bucket_of(n), d, dtype, _policy, device_name(x.device))
+    tiling, chosen = _choose(spec, tuned.bucket_of(n), d, dtype, _policy, device_name(x.device))
     return Pass(
         spec=spec,
         tokens=n,
         d=d,
         dtype=dtype,
-        plan=plan,
+        tiling=tiling,
         configs=chosen,
         tile_levels=_policy.tile_levels,
         split_tokens=_policy.split_tokens,

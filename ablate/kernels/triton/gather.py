@@ -1,6 +1,6 @@
 """Triton kernel that walks a tree row by row: every token reads its own weight rows. Jit functions only.
 
-The route for few tokens and for levels so deep that few tokens share a subtree. Output by rows is part of
+The strategy for few tokens and for levels so deep that few tokens share a subtree. Output by rows is part of
 `tiles.spread`.
 """
 # mypy: ignore-errors

@@ -1,4 +1,4 @@
-"""The launches of one forward or backward pass of the Triton backend, given the plan and the configurations.
+"""The launches of one forward or backward pass of the Triton backend, given the tiling and the configurations.
 
 Nothing here reads device memory: grids depend on shapes alone, so a pass neither waits for the device nor breaks a CUDA
 graph. Inputs are contiguous and d is a multiple of 16 (see `backend`).
@@ -19,20 +19,20 @@ from torch import Tensor
 from ablate.kernels.spec import TreeSpec, is_identity
 from ablate.kernels.triton import gather, path_sum, pointwise, tiles, weight_grad
 from ablate.kernels.triton.orders import Order, segments, sort_tokens, splits
-from ablate.kernels.triton.tiling import Config, DType, Piece, Plan, grad_pieces
+from ablate.kernels.triton.tiling import Config, DType, Piece, Tiling, grad_pieces
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """One call: the shape, the plan, and the launches. Tensors are [N, d] tokens, [K, rows, d] weights, as in `op`."""
+    """One call: the shape, the tiling and the launches. Tensors are [N, d] tokens, [K, rows, d] weights, as in `op`."""
 
     spec: TreeSpec
     tokens: int
     d: int
     dtype: DType
-    plan: Plan
+    tiling: Tiling
     configs: Mapping[str, Config]
     tile_levels: int
     split_tokens: int
@@ -61,7 +61,7 @@ class Pass:
 
         Also the last order of the tokens, for passes over the same leaves.
         """
-        spec, plan, n = self.spec, self.plan, self.tokens
+        spec, tiling, n = self.spec, self.tiling, self.tokens
         z = self.empty(n, spec.trees, spec.path if with_leaves else spec.depth)
         given = leaves is not None
         codes = (
@@ -73,16 +73,16 @@ class Pass:
             return codes, z, None
         b = None if b is None else b.contiguous()
         t = None if thresholds is None or given else thresholds.float().contiguous()
-        order = sort_tokens(codes, spec.depth) if given and plan.sorted else None
-        for stage in plan.stages:
-            if plan.sorted and not given and stage.level > 0:
+        order = sort_tokens(codes, spec.depth) if given and tiling.sorted else None
+        for stage in tiling.stages:
+            if tiling.sorted and not given and stage.level > 0:
                 order = sort_tokens(codes, stage.level)
             self.dots(stage, x, codes, order, w_in, b, t, z, (0, spec.trees), routes=not given)
-        if plan.row_level < spec.depth or (with_leaves and plan.leaves is None):
+        if tiling.row_level < spec.depth or (with_leaves and tiling.leaves is None):
             self.row_dots(x, codes, order, w_in, b, t, z, (0, spec.trees), routes=not given, leaves=with_leaves)
-        if with_leaves and plan.leaves is not None:
+        if with_leaves and tiling.leaves is not None:
             order = self.order(codes, order)
-            self.dots(plan.leaves, x, codes, order, w_in, b, None, z, (0, spec.trees), routes=False)
+            self.dots(tiling.leaves, x, codes, order, w_in, b, None, z, (0, spec.trees), routes=False)
         return codes, z, order
 
     def output(self, z: Tensor, codes: Tensor, order: Order | None, w_out: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class Pass:
         by_leaf = (
             sort_tokens(codes, spec.depth) if any(p.tiles > 1 for p in grad_pieces(spec, self.tile_levels)) else None
         )
-        order = by_leaf if self.plan.sorted else None
+        order = by_leaf if self.tiling.sorted else None
         g_out = self.empty(*w_out.shape, like_input=True) if need_out else None
         dz = self.empty(self.tokens, spec.trees, spec.path)
         h = z
@@ -155,10 +155,10 @@ class Pass:
         )
 
     def order(self, codes: Tensor, have: Order | None) -> Order | None:
-        """The order all of the plan's pieces need, by leaf; `have` where it will do."""
-        if not self.plan.sorted:
+        """The order all of the tiling's pieces need, by leaf; `have` where it will do."""
+        if not self.tiling.sorted:
             return None
-        if have is not None and have.levels >= self.plan.sorted_levels:
+        if have is not None and have.levels >= self.tiling.sorted_levels:
             return have
         return sort_tokens(codes, self.spec.depth)
 
@@ -166,13 +166,15 @@ class Pass:
         self, g: Tensor, codes: Tensor, order: Order | None, w: Tensor, v: Tensor, trees: tuple[int, int]
     ) -> None:
         """v[n, k, u] = <g[n], w_out[k, u]> over the units of the path that have a row in w_out."""
-        plan = self.plan
-        for stage in plan.stages if self.spec.node_output else ():
+        tiling = self.tiling
+        for stage in tiling.stages if self.spec.node_output else ():
             self.dots(stage, g, codes, order, w, None, None, v, trees, routes=False)
-        if (plan.row_level < self.spec.depth and self.spec.node_output) or plan.leaves is None:
-            self.row_dots(g, codes, order, w, None, None, v, trees, routes=False, leaves=plan.leaves is None, out=True)
-        if plan.leaves is not None:
-            self.dots(plan.leaves, g, codes, order, w, None, None, v, trees, routes=False)
+        if (tiling.row_level < self.spec.depth and self.spec.node_output) or tiling.leaves is None:
+            self.row_dots(
+                g, codes, order, w, None, None, v, trees, routes=False, leaves=tiling.leaves is None, out=True
+            )
+        if tiling.leaves is not None:
+            self.dots(tiling.leaves, g, codes, order, w, None, None, v, trees, routes=False)
 
     # ---- one launch each -------------------------------------------------------------------------------------------
 
@@ -220,14 +222,14 @@ class Pass:
         leaves: bool,
         out: bool = False,
     ) -> None:
-        """`gather.row_dots` for the levels and leaves that the plan leaves to rows."""
+        """`gather.row_dots` for the levels and leaves that the tiling leaves to rows."""
         c = self.configs["row_dots"]
         skip_nodes = out and not self.spec.node_output
         gather.row_dots[(triton.cdiv(self.tokens, c.bt), trees[1] - trees[0])](
             a, codes, codes if order is None else order.perm, w, w if b is None else b, v if t is None else t, v,
             self.tokens, self.spec.trees, trees[0], self.d, v.shape[2], w.shape[1], self.spec.nodes, self.leaf_base(w),
-            self.spec.depth, self.spec.depth if skip_nodes else self.plan.row_level, self.spec.leaf_width,
-            ROUTE=routes, LEAVES=leaves and self.plan.leaves is None, SORTED=order is not None, BIAS=b is not None,
+            self.spec.depth, self.spec.depth if skip_nodes else self.tiling.row_level, self.spec.leaf_width,
+            ROUTE=routes, LEAVES=leaves and self.tiling.leaves is None, SORTED=order is not None, BIAS=b is not None,
             THRESHOLDS=t is not None, EVEN=self.d % c.bd == 0, BT=c.bt, BD=c.bd,
             **c.options(),
         )  # fmt: skip
@@ -243,13 +245,13 @@ class Pass:
         g: Tensor | None = None,
     ) -> Tensor:
         """`path_sum.spread` over the trees: one launch, or one a tree where tokens are in the order of its leaves."""
-        spec, plan = self.spec, self.plan
+        spec, tiling = self.spec, self.tiling
         nodes = spec.node_output
-        stages = plan.stages if nodes else ()
+        stages = tiling.stages if nodes else ()
         hs = [p.height for p in stages] + [0] * (3 - len(stages))
         lanes = [p.lanes for p in stages] + [16] * (3 - len(stages))
-        leaves = plan.leaves
-        rows = nodes and plan.row_level < spec.depth
+        leaves = tiling.leaves
+        rows = nodes and tiling.row_level < spec.depth
         c = self.configs["spread" if stages or leaves else "spread_rows"]
         act, mirrored = self.act(leaf=True)
         out = self.empty(self.tokens, self.d, like_input=True)
@@ -258,7 +260,7 @@ class Pass:
         for i, (first, last) in enumerate(steps):
             path_sum.spread[(triton.cdiv(self.tokens, c.bt), triton.cdiv(self.d, c.bd))](
                 coef, codes, codes if order is None else order.perm, w, total, coef if g is None else g, out,
-                self.tokens, spec.trees, first, last, self.d, spec.path, w.shape[1], spec.depth, plan.row_level,
+                self.tokens, spec.trees, first, last, self.d, spec.path, w.shape[1], spec.depth, tiling.row_level,
                 self.leaf_base(w), spec.leaf_width, 0 if leaves is None else leaves.group,
                 float(spec.mirror), float(spec.leaf_gain),
                 HEIGHT0=hs[0], HEIGHT1=hs[1], HEIGHT2=hs[2], LANES0=lanes[0], LANES1=lanes[1], LANES2=lanes[2],

@@ -1,8 +1,8 @@
-"""Counts of flops, bytes and launches for each route, and the time they would take: a model, not a measurement.
+"""Counts of flops, bytes and launches for each strategy, and the time they would take: a model, not a measurement.
 
-`fastest` chooses the route where nothing was measured; `python -m ablate.kernels.triton.predict` prints the tables of
-docs/kernels.md. Every launch is taken to last as long as its slowest resource, plus a fixed start; tokens are taken to
-be spread evenly over leaves.
+`fastest` chooses the strategy where nothing was measured; `python -m ablate.kernels.triton.predict` prints the tables
+of docs/kernels.md. Every launch is taken to last as long as its slowest resource, plus a fixed start; tokens are taken
+to be spread evenly over leaves.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ablate.kernels.spec import TreeSpec
-from ablate.kernels.triton.tiling import ROUTES, DType, Piece, Plan, Route, configs, grad_pieces, make_plan
+from ablate.kernels.triton.tiling import STRATEGIES, DType, Piece, Strategy, Tiling, configs, grad_pieces, make_tiling
 
 
 class Step(NamedTuple):
@@ -60,27 +60,27 @@ def seconds(steps: Iterable[Step], dtype: DType, device: Device = H100) -> float
     )
 
 
-def forward_steps(spec: TreeSpec, tokens: int, d: int, dtype: DType, route: Route) -> list[Step]:
-    """What one forward pass launches on a route."""
-    plan = make_plan(spec, tokens, dtype, route)
-    steps = _down(spec, plan, tokens, d, dtype, routes=True)
+def forward_steps(spec: TreeSpec, tokens: int, d: int, dtype: DType, strategy: Strategy) -> list[Step]:
+    """What one forward pass launches on a strategy."""
+    tiling = make_tiling(spec, tokens, dtype, strategy)
+    steps = _down(spec, tiling, tokens, d, dtype, routes=True)
     if spec.placement == "unit":
         cells = tokens * spec.trees * spec.path
         steps.append(Step("activate", scalar_flops=20 * cells, cache_bytes=8 * cells, memory_bytes=8 * cells))
-    return steps + _up(spec, plan, tokens, d, dtype, spec.node_output)
+    return steps + _up(spec, tiling, tokens, d, dtype, spec.node_output)
 
 
-def backward_steps(spec: TreeSpec, tokens: int, d: int, dtype: DType, route: Route) -> list[Step]:
-    """What one backward pass launches on a route, for the gradients of x, w_in, b and w_out."""
-    plan, item = make_plan(spec, tokens, dtype, route), _ITEM[dtype]
+def backward_steps(spec: TreeSpec, tokens: int, d: int, dtype: DType, strategy: Strategy) -> list[Step]:
+    """What one backward pass launches on a strategy, for the gradients of x, w_in, b and w_out."""
+    tiling, item = make_tiling(spec, tokens, dtype, strategy), _ITEM[dtype]
     cells = tokens * spec.trees * spec.path
     steps = [Step("sort", sorts=1)] if any(p.tiles > 1 for p in grad_pieces(spec)) else []
     if spec.placement == "unit":
         steps.append(Step("path_grad", scalar_flops=40 * cells, cache_bytes=16 * cells, memory_bytes=16 * cells))
     else:
-        steps += _up(spec, plan, tokens, d, dtype, spec.node_output)
-    steps += _down(spec, plan, tokens, d, dtype, routes=False)
-    steps += _up(spec, plan, tokens, d, dtype, spec.node_output)
+        steps += _up(spec, tiling, tokens, d, dtype, spec.node_output)
+    steps += _down(spec, tiling, tokens, d, dtype, routes=False)
+    steps += _up(spec, tiling, tokens, d, dtype, spec.node_output)
     bt = configs("tile_wgrad", dtype)[0].bt
     for piece in grad_pieces(spec):
         if piece.height and not spec.node_output:
@@ -97,9 +97,9 @@ def backward_steps(spec: TreeSpec, tokens: int, d: int, dtype: DType, route: Rou
     return steps
 
 
-def fastest(spec: TreeSpec, tokens: int, d: int, dtype: DType, device: Device = H100) -> Route:
-    """The route with the least predicted forward time; the device is fixed unless given, so machines agree."""
-    return min(ROUTES, key=lambda r: seconds(forward_steps(spec, tokens, d, dtype, r), dtype, device))
+def fastest(spec: TreeSpec, tokens: int, d: int, dtype: DType, device: Device = H100) -> Strategy:
+    """The strategy with the least predicted forward time; the device is fixed unless given, so machines agree."""
+    return min(STRATEGIES, key=lambda r: seconds(forward_steps(spec, tokens, d, dtype, r), dtype, device))
 
 
 def _visits(piece: Piece, tokens: int, bt: int, in_order: bool) -> float:
@@ -109,16 +109,16 @@ def _visits(piece: Piece, tokens: int, bt: int, in_order: bool) -> float:
     return math.ceil(tokens / bt) * piece.tiles * (1 - (1 - 1 / piece.tiles) ** min(bt, tokens))
 
 
-def _down(spec: TreeSpec, plan: Plan, tokens: int, d: int, dtype: DType, *, routes: bool) -> list[Step]:
+def _down(spec: TreeSpec, tiling: Tiling, tokens: int, d: int, dtype: DType, *, routes: bool) -> list[Step]:
     """The passes that multiply tokens with their path's rows: responses, or the gradients of the units' outputs."""
     item, steps = _ITEM[dtype], []
     sorted_tiles = 1
-    for piece in plan.pieces:
-        if routes and plan.sorted and piece.tiles > sorted_tiles:
+    for piece in tiling.pieces:
+        if routes and tiling.sorted and piece.tiles > sorted_tiles:
             steps.append(Step("sort", sorts=1))
             sorted_tiles = piece.tiles
         bt = configs("tile_dots" if piece.height else "leaf_dots", dtype)[0].bt
-        visits = spec.trees * _visits(piece, tokens, bt, plan.sorted)
+        visits = spec.trees * _visits(piece, tokens, bt, tiling.sorted)
         lanes = piece.lanes * piece.chunks
         steps.append(
             Step(
@@ -128,7 +128,7 @@ def _down(spec: TreeSpec, plan: Plan, tokens: int, d: int, dtype: DType, *, rout
                 memory_bytes=(tokens + spec.trees * piece.tiles * lanes) * d * item,
             )
         )
-    units = spec.depth - plan.row_level + (spec.leaf_width if plan.leaves is None else 0)
+    units = spec.depth - tiling.row_level + (spec.leaf_width if tiling.leaves is None else 0)
     if units:
         reads = spec.trees * tokens * units * d
         touched = min(reads, spec.trees * spec.in_rows * d)
@@ -136,19 +136,19 @@ def _down(spec: TreeSpec, plan: Plan, tokens: int, d: int, dtype: DType, *, rout
     return steps
 
 
-def _up(spec: TreeSpec, plan: Plan, tokens: int, d: int, dtype: DType, nodes: bool) -> list[Step]:
+def _up(spec: TreeSpec, tiling: Tiling, tokens: int, d: int, dtype: DType, nodes: bool) -> list[Step]:
     """The pass that adds up every path's rows: output, input gradient, or the sum inside phi."""
     item, bt = _ITEM[dtype], configs("spread", dtype)[0].bt
-    pieces = [p for p in plan.pieces if nodes or not p.height]
+    pieces = [p for p in tiling.pieces if nodes or not p.height]
     flops = cache = 0.0
     for piece in pieces:
-        visits = spec.trees * _visits(piece, tokens, bt, plan.sorted)
+        visits = spec.trees * _visits(piece, tokens, bt, tiling.sorted)
         flops += 2 * visits * bt * piece.lanes * piece.chunks * d
         cache += visits * piece.lanes * piece.chunks * d * item
-    units = (spec.depth - plan.row_level) * nodes + (spec.leaf_width if plan.leaves is None else 0)
+    units = (spec.depth - tiling.row_level) * nodes + (spec.leaf_width if tiling.leaves is None else 0)
     scalar = 2.0 * spec.trees * tokens * units * d
     cache += scalar / 2 * item
-    launches = spec.trees if plan.sorted else 1
+    launches = spec.trees if tiling.sorted else 1
     cache += tokens * d * (8 * (launches - 1) + item)
     touched = min(spec.trees * tokens * spec.path, spec.trees * spec.out_rows)
     memory = (tokens + touched) * d * item
@@ -160,31 +160,31 @@ def times_table() -> str:
     tokens = 8192
     dtype: DType = "bf16"
     lines = [
-        "| d | D | K | " + " | ".join(f"{r} fwd" for r in ROUTES) + " | chosen | fwd+bwd | dense 4d fwd |",
-        "|" + "---|" * (6 + len(ROUTES)),
+        "| d | D | K | " + " | ".join(f"{r} fwd" for r in STRATEGIES) + " | chosen | fwd+bwd | dense 4d fwd |",
+        "|" + "---|" * (6 + len(STRATEGIES)),
     ]
     for d in (768, 2048):
         dense = seconds([Step("up", 8.0 * tokens * d * d), Step("down", 8.0 * tokens * d * d)], dtype)
         for depth in (8, 10, 12):
             for trees in (1, 4, 8):
                 spec = TreeSpec(trees=trees, depth=depth, leaf_width=1)
-                ahead = {r: seconds(forward_steps(spec, tokens, d, dtype, r), dtype) for r in ROUTES}
+                ahead = {r: seconds(forward_steps(spec, tokens, d, dtype, r), dtype) for r in STRATEGIES}
                 best = fastest(spec, tokens, d, dtype)
                 both = ahead[best] + seconds(backward_steps(spec, tokens, d, dtype, best), dtype)
-                cells = " | ".join(f"{1e6 * ahead[r]:.0f}" for r in ROUTES)
+                cells = " | ".join(f"{1e6 * ahead[r]:.0f}" for r in STRATEGIES)
                 lines.append(f"| {d} | {depth} | {trees} | {cells} | {best} | {1e6 * both:.0f} | {1e6 * dense:.0f} |")
     return "\n".join(lines)
 
 
 def counts_table() -> str:
-    """Flops and bytes of each route for two shapes, as Markdown."""
+    """Flops and bytes of each strategy for two shapes, as Markdown."""
     tokens, d = 8192, 768
     dtype: DType = "bf16"
-    lines = ["| D | route | launches | matrix GFLOP | scalar GFLOP | cache MB | memory MB | us |", "|" + "---|" * 8]
+    lines = ["| D | strategy | launches | matrix GFLOP | scalar GFLOP | cache MB | memory MB | us |", "|" + "---|" * 8]
     for depth in (8, 12):
         spec = TreeSpec(trees=1, depth=depth, leaf_width=1)
-        for route in ROUTES:
-            steps = forward_steps(spec, tokens, d, dtype, route)
+        for strategy in STRATEGIES:
+            steps = forward_steps(spec, tokens, d, dtype, strategy)
             totals = (
                 sum(s.matrix_flops for s in steps) / 1e9,
                 sum(s.scalar_flops for s in steps) / 1e9,
@@ -193,7 +193,7 @@ def counts_table() -> str:
             )
             cells = " | ".join(f"{v:.2g}" if v < 10 else f"{v:.0f}" for v in totals)
             took = 1e6 * seconds(steps, dtype)
-            lines.append(f"| {depth} | {route} | {len(steps)} | {cells} | {took:.0f} |")
+            lines.append(f"| {depth} | {strategy} | {len(steps)} | {cells} | {took:.0f} |")
     return "\n".join(lines)
 
 

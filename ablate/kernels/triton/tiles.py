@@ -8,7 +8,7 @@ A *piece* is what a tile is made of, and every kernel here takes both kinds:
 
 Either way the tile that a token belongs to is `leaf >> shift`. A block of tokens visits the distinct tiles of its
 tokens in rising order, so no block table is needed and the grid never depends on data: tokens sorted by leaf make that
-one or two visits (route `tiles`), unsorted tokens visit every tile they need (route `masked`, the shallow trees').
+one or two visits (strategy `tiles`), unsorted tokens visit every tile they need (`masked`, the shallow trees').
 
 Shapes: see `spec`; P = D + W columns of a path, LANES = tile width, BT tokens and BD columns of d per block. All
 arithmetic is fp32; matrix products take their operands in the weights' dtype (INTERPRETED: fp32, as Triton's

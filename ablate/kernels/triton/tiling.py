@@ -1,7 +1,7 @@
 """How the GPU backend cuts a tree into weight tiles, and the shipped kernel configurations. Pure Python, no torch.
 
-A `Plan` says which levels go through matrix tiles (`stages`), from which level on single rows are gathered, and how
-leaves are grouped. The gradients of the weights have a cut of their own, `grad_pieces`: whatever the forward route,
+A `Tiling` says which levels go through matrix tiles (`stages`), from which level on single rows are gathered, and how
+leaves are grouped. The gradients of the weights have a cut of their own, `grad_pieces`: whatever the forward strategy,
 their cost is writing the dense gradient, so all of it goes through tiles.
 """
 
@@ -15,10 +15,10 @@ from typing import Any, Literal, NamedTuple
 
 from ablate.kernels.spec import TreeSpec
 
-Route = Literal["tiles", "gather", "masked"]
+Strategy = Literal["tiles", "gather", "masked"]
 DType = Literal["bf16", "fp32"]
 KERNELS = ("tile_dots", "leaf_dots", "row_dots", "spread", "spread_rows", "tile_wgrad", "fold", "activate", "path_grad")
-ROUTES: tuple[Route, ...] = ("tiles", "gather", "masked")
+STRATEGIES: tuple[Strategy, ...] = ("tiles", "gather", "masked")
 
 CONFIGS = "configs.json"
 TILE_LEVELS = 6  # 63 nodes are one 64-wide matrix tile, and their signs one machine word
@@ -52,10 +52,10 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Tiling:
     """What one pass over the layer launches: tiles for `stages`, rows from `row_level` on, `leaves` None for rows."""
 
-    route: Route
+    strategy: Strategy
     stages: tuple[Piece, ...]
     row_level: int
     leaves: Piece | None
@@ -136,15 +136,15 @@ def tile_pays(piece: Piece, tokens: int, dtype: DType) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def make_plan(
-    spec: TreeSpec, tokens: int, dtype: DType, route: Route, always_tile: bool = False, levels: int = TILE_LEVELS
-) -> Plan:
-    """The plan of one route. `tiles` leaves the levels where tiles do not pay to rows, unless `always_tile`."""
-    if route == "gather":
-        return Plan("gather", (), 0, None, False)
+def make_tiling(
+    spec: TreeSpec, tokens: int, dtype: DType, strategy: Strategy, always_tile: bool = False, levels: int = TILE_LEVELS
+) -> Tiling:
+    """The tiling of one strategy. `tiles` leaves the levels where tiles do not pay to rows, unless `always_tile`."""
+    if strategy == "gather":
+        return Tiling("gather", (), 0, None, False)
     cut, leaves = subtrees(spec.depth, levels), leaf_tiles(spec, levels)
-    if route == "masked":
-        return Plan("masked", cut, spec.depth, leaves, False)
+    if strategy == "masked":
+        return Tiling("masked", cut, spec.depth, leaves, False)
     kept = []
     for piece in cut:
         if piece.level > 0 and not always_tile and not tile_pays(piece, tokens, dtype):
@@ -154,7 +154,7 @@ def make_plan(
     with_leaves = always_tile or tile_pays(leaves, tokens, dtype)
     used = (*kept, leaves) if with_leaves else tuple(kept)
     many = any(p.tiles > 1 for p in used)
-    return Plan("tiles", tuple(kept), row_level, leaves if with_leaves else None, many)
+    return Tiling("tiles", tuple(kept), row_level, leaves if with_leaves else None, many)
 
 
 @functools.cache

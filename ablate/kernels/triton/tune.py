@@ -1,4 +1,4 @@
-"""Measure routes and configurations of the Triton backend for one shape, and keep the fastest in the table on disk."""
+"""Measure strategies and configurations of the Triton backend for a shape; keep the fastest in the table on disk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ablate.kernels.spec import TreeSpec
 from ablate.kernels.triton import backend as launch
 from ablate.kernels.triton import tuned
 from ablate.kernels.triton.passes import INTERPRETED
-from ablate.kernels.triton.tiling import KERNELS, ROUTES, Route, configs
+from ablate.kernels.triton.tiling import KERNELS, STRATEGIES, Strategy, configs
 
 Measure = Callable[[Callable[[], object]], float]
 
@@ -27,26 +27,26 @@ def tune(
     *,
     measure: Measure | None = None,
 ) -> tuned.Entry:
-    """Find and record the fastest route and configurations for forward and backward at one shape; seconds of the winner.
+    """Record the fastest strategy and configurations for both passes at one shape; return seconds of the winner.
 
-    The route is chosen with the shipped defaults, then each kernel's configuration in turn, with the winners so far.
+    The strategy is chosen with the shipped defaults, then each kernel's configuration in turn, with the winners so far.
     Tokens are random, so their use of the leaves is fairly even. `measure` gives the seconds of a call (default: median
     of device time). Launches of this process use the new entry from then on. Raises as `launch.forward` does.
     """
     step, took = _step(spec, tokens, d, dtype, device), measure or seconds
 
-    def timed(route: Route, places: dict[str, int]) -> float:
-        with launch.using(route=route, config=tuple(places.items())):
+    def timed(strategy: Strategy, places: dict[str, int]) -> float:
+        with launch.using(strategy=strategy, config=tuple(places.items())):
             return took(step)
 
-    by_route = {route: timed(route, {}) for route in ROUTES}
-    route = min(by_route, key=by_route.__getitem__)
-    best = tuned.Entry(route, {}, by_route[route])
+    by_strategy = {strategy: timed(strategy, {}) for strategy in STRATEGIES}
+    strategy = min(by_strategy, key=by_strategy.__getitem__)
+    best = tuned.Entry(strategy, {}, by_strategy[strategy])
     name = launch.DTYPES[dtype]
     for kernel in KERNELS:
         for place in range(1, len(configs(kernel, name))):
             places = best.configs | {kernel: place}
-            spent = timed(route, places)
+            spent = timed(strategy, places)
             if spent < best.seconds:
                 best = replace(best, configs=places, seconds=spent)
     tuned.record(launch.device_name(torch.device(device)), spec, tokens, launch.padded_width(d), name, best)

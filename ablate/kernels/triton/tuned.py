@@ -1,4 +1,4 @@
-"""Which route and configurations were measured to be fastest on this machine's device: a small table on disk.
+"""Which strategy and configurations were measured to be fastest on this machine's device: a small table on disk.
 
 Only `tune` writes it. Without an entry the shipped defaults hold, so two machines without a table choose alike.
 """
@@ -14,16 +14,16 @@ from typing import Any
 
 from ablate.files import write_text
 from ablate.kernels.spec import TreeSpec
-from ablate.kernels.triton.tiling import DType, Route
+from ablate.kernels.triton.tiling import DType, Strategy
 
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One shape on one device: the route, and by kernel the place of the configuration in its shipped list."""
+    """One shape on one device: the strategy, and by kernel the place of the configuration in its shipped list."""
 
-    route: Route
+    strategy: Strategy
     configs: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
 

@@ -16,13 +16,13 @@ from ablate.kernels.triton.orders import segments, sort_tokens, splits
 from ablate.kernels.triton.tiling import (
     KERNELS,
     MAX_LANES,
-    ROUTES,
+    STRATEGIES,
     DType,
     Piece,
     configs,
     grad_pieces,
     heights,
-    make_plan,
+    make_tiling,
     tile_pays,
 )
 
@@ -66,17 +66,19 @@ def test_more_stages_than_the_kernel_adds_up_are_refused() -> None:
         heights(14, 4)
 
 
-@given(SPECS, st.integers(1, 1 << 16), st.sampled_from(get_args(DType)), st.sampled_from(ROUTES))
-def test_every_plan_covers_every_level_and_fits_a_tile(spec: TreeSpec, tokens: int, dtype: DType, route: str) -> None:
-    plan = make_plan(spec, tokens, dtype, route)
-    assert sum(p.height for p in plan.stages) == plan.row_level <= spec.depth
-    assert all(p.lanes <= MAX_LANES and p.lanes > (1 << p.height) - 1 for p in plan.stages)
-    assert plan.sorted == (route == "tiles" and any(p.tiles > 1 for p in plan.pieces))
-    if route == "gather":
-        assert plan.pieces == ()
-    if route == "masked":
-        assert plan.row_level == spec.depth
-        assert plan.leaves is not None
+@given(SPECS, st.integers(1, 1 << 16), st.sampled_from(get_args(DType)), st.sampled_from(STRATEGIES))
+def test_every_tiling_covers_every_level_and_fits_a_tile(
+    spec: TreeSpec, tokens: int, dtype: DType, strategy: str
+) -> None:
+    tiling = make_tiling(spec, tokens, dtype, strategy)
+    assert sum(p.height for p in tiling.stages) == tiling.row_level <= spec.depth
+    assert all(p.lanes <= MAX_LANES and p.lanes > (1 << p.height) - 1 for p in tiling.stages)
+    assert tiling.sorted == (strategy == "tiles" and any(p.tiles > 1 for p in tiling.pieces))
+    if strategy == "gather":
+        assert tiling.pieces == ()
+    if strategy == "masked":
+        assert tiling.row_level == spec.depth
+        assert tiling.leaves is not None
 
 
 @given(st.integers(1, 4), st.integers(0, 200), st.integers(1, 9), st.integers(0, 99))
@@ -126,14 +128,14 @@ def test_the_model_prefers_rows_for_few_tokens_and_tiles_for_many() -> None:
     assert predict.fastest(spec, 1 << 16, 768, "bf16") == "tiles"
 
 
-def test_matrix_flops_of_the_masked_route_are_those_of_the_dense_product() -> None:
+def test_matrix_flops_of_the_masked_strategy_are_those_of_the_dense_product() -> None:
     """D 6, W 1: 64 lanes a tile for the nodes and 64 for the leaves, in and out: 2·2·N·128·d."""
     spec = TreeSpec(trees=3, depth=6, leaf_width=1)
     steps = predict.forward_steps(spec, 4096, 512, "bf16", "masked")
     assert sum(s.matrix_flops for s in steps) == 3 * 4 * 4096 * 128 * 512
 
 
-def test_cache_bytes_of_the_gather_route_are_those_of_its_rows() -> None:
+def test_cache_bytes_of_the_gather_strategy_are_those_of_its_rows() -> None:
     """Each of N·K·(D + W) rows is read from w_in beside x, and from w_out; y is written once."""
     spec = TreeSpec(trees=2, depth=5, leaf_width=4)
     steps = [s for s in predict.forward_steps(spec, 256, 64, "fp32", "gather") if s.name != "activate"]
