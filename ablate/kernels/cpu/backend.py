@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ablate.kernels.activations import phi, phi_slope
 from ablate.kernels.backend import Forward, Gradients
-from ablate.kernels.cpu import decode_step, passes
+from ablate.kernels.cpu import decode_step, passes, weight_grad
 from ablate.kernels.cpu.host import activation_table, empty, launch, plain
 from ablate.kernels.cpu.tasks import BLOCK, Tasks, cut
 from ablate.kernels.spec import TreeSpec
@@ -124,7 +124,7 @@ def _backward(
         gw_in[:, : spec.nodes] = 0
         gb[:, : spec.nodes] = 0
     starts, order = np.empty((trees, spec.leaves + 1), np.int64), np.empty((trees, n), np.int64)
-    launch(passes.sort, leaves, 0, trees, starts, order)
+    launch(weight_grad.sort, leaves, 0, trees, starts, order)
     dz, acts, tail = torch.empty_like(z), activation_table(spec), (spec.depth, spec.leaf_width)
     partial = x.new_empty(trees, how.chunks, 2, spec.path, 2, d + 1)
     rows = np.empty((trees, how.chunks, 2, spec.path), np.int64)
@@ -144,10 +144,10 @@ def _backward(
                 )  # fmt: skip
         if needs_in or needs[3]:
             launch(
-                passes.gradients, x, gs, z, acts, dz, order, starts, gw_in, gb, gw_out, partial, rows,
+                weight_grad.gradients, x, gs, z, acts, dz, order, starts, gw_in, gb, gw_out, partial, rows,
                 *wants, k0, k1, *tail,
             )  # fmt: skip
-            launch(passes.join, gw_in, gb, gw_out, partial, rows, *wants, k0, k1, *tail)
+            launch(weight_grad.join, gw_in, gb, gw_out, partial, rows, *wants, k0, k1, *tail)
     return gx, gw_in, gb, gw_out
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import numpy as np
 
 from ablate.kernels.cpu.jit import jit
-from ablate.kernels.cpu.passes import CHUNK, activate, products, sums
+from ablate.kernels.cpu.segments import CHUNK, activate, products, sums
 from ablate.kernels.cpu.vector import dots11, dots41, dots81, fetch_add
 
 
