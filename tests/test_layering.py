@@ -21,6 +21,7 @@ ORDER = [
     "config", "data", "kernels", "model", "balance", "evaluation", "training", "results", "study", "tracking",
     "analysis", "report", "bench", "cli",
 ]  # fmt: skip
+LONG = 400
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -57,6 +58,65 @@ def test_imports_point_upward_only(path: Path) -> None:
     for name in imported(ast.parse(path.read_text())):
         if name.startswith("ablate.") and room(name) in ORDER:
             assert ORDER.index(room(name)) <= ORDER.index(own), f"{path.name} imports {name}, which comes later"
+
+
+def modules_of(tree: ast.AST) -> list[tuple[str, str]]:
+    """Every (module, name) that a file imports from this package, inside functions too; the name may be a module's."""
+    return [
+        (n.module, a.name)
+        for n in ast.walk(tree)
+        if isinstance(n, ast.ImportFrom) and n.module and n.module.split(".")[0] == "ablate"
+        for a in n.names
+    ]
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    names = {module(path) for path in FILES}
+    graph: dict[str, set[str]] = {}
+    for path in FILES:
+        tree = ast.parse(path.read_text())
+        found = {f"{m}.{n}" if f"{m}.{n}" in names else m for m, n in modules_of(tree)}
+        graph[module(path)] = found | (imported(tree) & names) - {"ablate"} if path.name != "__init__.py" else set()
+    # What imports nothing that is left is in no circle; a circle is what cannot be taken away.
+    while leaves := {name for name, found in graph.items() if not found & graph.keys()}:
+        graph = {name: found for name, found in graph.items() if name not in leaves}
+    assert not graph, f"a circle of imports among {sorted(graph)}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_private_names_stay_in_their_module(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    taken = modules_of(tree)
+    private = [f"{m}.{n}" for m, n in taken if any(part.startswith("_") for part in f"{m}.{n}".split("."))]
+    names = {module(p) for p in FILES}
+    modules = {
+        a.asname or a.name
+        for n in ast.walk(tree)
+        if isinstance(n, ast.ImportFrom)
+        for a in n.names
+        if f"{n.module}.{a.name}" in names
+    }
+    private += [
+        f"{n.value.id}.{n.attr}"
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id in modules
+        if n.attr.startswith("_") and not n.attr.startswith("__")
+    ]
+    assert not private, f"{path.name} uses {private}: what another module needs has no underscore"
+
+
+@pytest.mark.parametrize(("wing", "others"), [("cpu", ("triton", "ragged")), ("triton", ("cpu", "ragged"))])
+def test_wings_of_the_kernels_do_not_know_each_other(wing: str, others: tuple[str, ...]) -> None:
+    for path in sorted((PACKAGE / "kernels" / wing).glob("*.py")):
+        for name in imported(ast.parse(path.read_text())):
+            assert not name.startswith(tuple(f"ablate.kernels.{other}" for other in others)), f"{path.name}: {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_modules_are_short_or_say_why_not(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    reason = any(line.startswith(f"# Longer than {LONG} lines because ") for line in lines[:20])
+    assert (len(lines) > LONG) == reason, f"{path.name} has {len(lines)} lines; over {LONG}, a comment says why"
 
 
 @pytest.mark.parametrize(

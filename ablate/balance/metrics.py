@@ -5,6 +5,7 @@ A tree that saw no token has no balance: every share-based metric is NaN there. 
 2408.15664 (MaxVio), 1701.06538 (CV²), 2409.02060 Eq. 5 (saturation; here corrected for chance).
 """
 
+# Longer than 400 lines because every metric is defined in one file, and they share helpers.
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -6,6 +6,7 @@ held_out.parquet (id, split, name, text of validation and test), and card.json, 
 file's size and hash.
 """
 
+# Longer than 400 lines because what is written to the folder is read and checked beside it.
 from __future__ import annotations
 
 import hashlib
