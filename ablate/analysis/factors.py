@@ -26,9 +26,10 @@ def analyse_factors(
 ) -> dict[str, Any]:
     """Type II analysis per endpoint (name to margin), as {terms, findings, withheld}.
 
-    Findings are level effects: of a factor over all cells where no interaction that contains it is significant, else its simple
-    effects at the levels of the factors it interacts with. Both are paired over seeds (HC3 where no two seeds can be
-    paired), and both families, terms and level effects, are adjusted by Benjamini-Hochberg.
+    Findings are level effects: of a factor over all cells where no interaction that contains it is significant, else its
+    simple
+    effects at the levels of the factors it interacts with. Seeds are the unit of both, and both families, terms and
+    level effects, are adjusted by Benjamini-Hochberg.
     """
     out: dict[str, Any] = {"terms": [], "findings": [], "withheld": [], "left_out": [], "cells": []}
     if tables.study.design != "factorial" or not tables.factors:
@@ -75,7 +76,8 @@ def analyse_factors(
                     "endpoint": endpoint,
                     "term": list(t.term),
                     "df": t.df,
-                    "residual_df": d.residual,
+                    "error_df": float(t.error_df),
+                    "unit": t.unit,
                     "f": float(t.f),
                     "p": float(t.p),
                     "p_adjusted": float(own[k]),
@@ -87,10 +89,9 @@ def analyse_factors(
                     "run_ids": rows["run_id"].to_list(),
                 }
             )
-        fitted = effects.fit(d, y)
         for factor in (f for f in levels if f in d.codes):
             partners = _partners(factor, tests, own) if stands[factor,] else []
-            for record, estimate in _level_effects(d, fitted, y, factor, partners, levels, rows):
+            for record, estimate in _level_effects(d, y, factor, partners, levels, rows):
                 family.append(record | {"endpoint": endpoint, "margin": margin, "unit": unit_of(endpoint)})
                 estimates.append(estimate)
     out["findings"] = _judged(family, estimates)
@@ -149,7 +150,6 @@ def _partners(factor: str, tests: list[effects.Test], adjusted: Any) -> list[str
 
 def _level_effects(
     d: Design,
-    fitted: effects.Fit,
     y: Any,
     factor: str,
     partners: list[str],
@@ -181,18 +181,16 @@ def _level_effects(
                 "run_ids": ids,
             }
             by_seed = _paired_by_seed(d, y, factor, level, mask)
+            if len(by_seed) < 2 and not partners:  # a fraction has no two cells that differ in this factor alone
+                by_seed = effects.level_by_seed(d, y, factor, level)
             if len(by_seed) >= 2:
                 record |= {"n": len(by_seed), "paired": True}
                 out.append((record, contrasts.paired(list(by_seed.values()))))
-            elif not partners:
-                out.append((record | {"paired": False}, effects.level_effect(d, fitted, factor, level, 0)))
     return out
 
 
 def _paired_by_seed(d: Design, y: Any, factor: str, level: int, mask: Any) -> dict[int, float]:
-    """Level minus base level within each cell of the other factors, averaged per seed: few runs, so seeds are the
-    unit.
-    """
+    """Return, by seed, level minus base level within each cell of the other factors, averaged over cells."""
     others = [f for f in d.codes if f not in {factor, "seed"}]
     value: dict[tuple[int, ...], dict[int, float]] = {}
     for i in np.flatnonzero(mask & np.isin(d.codes[factor], (0, level))):

@@ -8,7 +8,7 @@ import pytest
 import statsmodels.formula.api as smf  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from scipy import stats
-from statsmodels.stats.anova import anova_lm  # type: ignore[import-untyped]
+from statsmodels.stats.anova import AnovaRM, anova_lm  # type: ignore[import-untyped]
 from statsmodels.stats.power import TTestIndPower, TTestPower  # type: ignore[import-untyped]
 from statsmodels.stats.proportion import proportion_confint  # type: ignore[import-untyped]
 
@@ -36,33 +36,47 @@ def test_anova_is_the_type_two_hypothesis_with_an_hc3_covariance(levels: tuple[i
     model = smf.ols(f"y ~ C(s, Sum) + ({mains}) ** 2", frame).fit()
     robust, classical = model.get_robustcov_results("HC3", use_t=True), anova_lm(model, typ=2)
     x, names = model.model.exog, model.model.data.model_spec.term_name_slices
-    for test in effects.anova(effects.design(codes, seeds), y):
+    d = effects.design(codes, seeds)
+    for test in effects.anova(d, y):
+        f, df, error = effects.over_runs(d, effects.fit(d, y), test.term)
         row = ":".join(f"C({f}, Sum)" for f in test.term)
         # The term's columns with every term that does not contain it taken out: what type II asks about E[y] = X beta.
         above = {row, *(n for n in names if {*row.split(":")} < {*n.split(":")})}
         others = np.hstack([x[:, s] for n, s in names.items() if n not in above])
         own = x[:, names[row]]
         theirs = robust.f_test((own - others @ np.linalg.lstsq(others, own, rcond=None)[0]).T @ x)
-        assert [test.df, float(test.f), float(test.p)] == pytest.approx(
-            [theirs.df_num, float(theirs.fvalue), float(theirs.pvalue)], rel=1e-7
+        assert [df, float(f), float(error)] == pytest.approx(
+            [theirs.df_num, float(theirs.fvalue), theirs.df_denom], rel=1e-7
         )
+        assert test.unit == ("runs" if drop else "seeds")
         square, df = classical.loc[row, ["sum_sq", "df"]]
         expected = (square - df * model.mse_resid) / (square + (len(y) - df) * model.mse_resid)
         assert float(test.omega2) == pytest.approx(expected, rel=1e-8)
 
 
-def test_level_effect_is_statsmodels_t_test_of_the_contrast() -> None:
-    codes, seeds, y = grid(3, 2, 4)
-    d = effects.design(codes, seeds)
-    e = effects.level_effect(d, effects.fit(d, y), "a", 1, 0)
-    model = smf.ols("y ~ C(s, Sum) + C(a, Sum) * C(b, Sum)", pd.DataFrame({**codes, "s": seeds, "y": y})).fit(
-        cov_type="HC3", use_t=True
-    )
-    theirs = model.t_test("C(a, Sum)[S.1] - C(a, Sum)[S.0] = 0")
-    assert [float(e.effect), float(e.se), float(e.p)] == pytest.approx(
-        [theirs.effect.item(), theirs.sd.item(), theirs.pvalue.item()], rel=1e-8
-    )
-    assert [float(e.low), float(e.high)] == pytest.approx(theirs.conf_int()[0].tolist(), rel=1e-8)
+def test_anova_over_seeds_is_statsmodels_repeated_measures() -> None:
+    codes, seeds, y = grid(3, 2, 6)
+    frame = pd.DataFrame({**codes, "s": seeds, "y": y})
+    theirs = AnovaRM(frame, "y", "s", within=["a", "b"]).fit().anova_table
+    for test in effects.anova(effects.design(codes, seeds), y):
+        row = theirs.loc[":".join(test.term)]
+        assert [test.df, float(test.f)] == pytest.approx([row["Num DF"], row["F Value"]], rel=1e-8)
+        assert float(test.error_df) <= row["Den DF"] + 1e-9
+    # A factor of two levels is the paired t test of its means by seed.
+    means = frame.groupby(["s", "b"])["y"].mean().unstack()
+    [b] = [t for t in effects.anova(effects.design(codes, seeds), y) if t.term == ("b",)]
+    assert float(b.p) == pytest.approx(stats.ttest_rel(means[1], means[0]).pvalue, rel=1e-8)
+
+
+def test_a_level_s_effect_in_each_seed_of_a_fraction_is_the_difference_of_its_means() -> None:
+    a, b = np.array([0, 0, 1, 1] * 3), np.array([0, 1, 0, 1] * 3)
+    seeds = np.repeat([0, 1, 2], 4)
+    d = effects.design({"a": a, "b": b, "c": (a + b) % 2}, seeds)
+    y = RNG.normal(size=12)
+    found = effects.level_by_seed(d, y, "c", 1)
+    c = (a + b) % 2
+    by_hand = {s: y[(seeds == s) & (c == 1)].mean() - y[(seeds == s) & (c == 0)].mean() for s in range(3)}
+    assert found == pytest.approx(by_hand)
 
 
 def test_many_outcomes_at_once_are_each_alone() -> None:

@@ -28,6 +28,7 @@ def main_effects(c: Context) -> View:
             "term": " × ".join(short(t) for t in e["term"]),
             "endpoint": e["endpoint"],
             "df": e["df"],
+            "error_df": e["error_df"],
             "f": e["f"],
             "p_adjusted": e["p_adjusted"],
             "omega2": e["omega2"],
@@ -43,7 +44,8 @@ def main_effects(c: Context) -> View:
         term="term",
         endpoint="endpoint",
         df=("df", "d"),
-        f=("F (HC3)", ".2f"),
+        error_df=("error df", ".1f", "of the term's variation over seeds, or of the runs where seeds ran unlike cells"),
+        f=("F", ".2f"),
         p_adjusted=("adjusted p", ".3g"),
         omega2=("partial ω²", ".3f"),
         low=("95% from", ".3f"),
@@ -78,6 +80,11 @@ def _effect_reading(c: Context) -> list[str]:
     out += [
         f"{cap(label_of(w['endpoint']))} is not analysed: {w['reason']}." for w in c.findings["effects"]["withheld"]
     ]
+    if any(t["unit"] == "runs" for t in terms):
+        out.append(
+            "Seeds did not all run the same cells, so F tests take runs as the unit: a factor whose effect differs by "
+            "seed passes them too often."
+        )
     q = c.quality.short
     diverged = sum(e["kept"] for e in c.findings["exclusions"])
     if diverged:
