@@ -41,7 +41,7 @@ GOOD = {"name": "s", "factors": {"tree.mirror": [0, 1]}}
         ({"design": "search"}, "budget is missing: design 'search' needs"),
         ({"factors": {"train.lr": {"range": {"low": 1, "high": 2}}}}, "factors.train.lr.range: design 'factorial' needs levels"),
         ({"factors": {"train.lr": {"range": {"low": 0, "high": 2, "log": True}}}}, "low is 0.0: a log range needs it above 0"),
-        ({"seeds": [1, 1]}, "seeds is [1, 1]: a seed is listed twice"),
+        ({"seeds": [1, 1]}, "seeds is [1, 1]: 1 is listed twice"),
         ({"tune": {"lr": [0.1, 0.2], "seeds": [1, 9]}}, "tune.seeds is [1, 9]: they must differ from seeds"),
         ({"design": "confirm"}, "contrasts is missing: design 'confirm' needs arms and contrasts"),
         ({"name": "../up"}, "name is '../up': string should match pattern"),
@@ -61,7 +61,7 @@ def test_bad_settings_are_one_line_that_names_key_and_value(change: dict[str, ob
     [
         (b"", "is empty: a mapping with name, factors"),
         (b"- a\n- b\n", "is a list: a mapping with name, factors"),
-        (b"\x00\xff\xfe\x9c", "is not text: a YAML file is expected"),
+        (b"\x00\xff\xfe\x9c", "is not text in UTF-8: byte 0xff at line 1"),
         (b"name: [unclosed\n", "is not YAML at line"),
         (b"\x07bell: 1", "is not YAML"),
         (b"!!python/object:os.system {}\n", "is not YAML"),

@@ -80,9 +80,18 @@ def _kind(field: dict[str, Any]) -> str:
             return "none"
         case str(kind):
             word = {"integer": "integer", "number": "number", "boolean": "`true`, `false`", "string": "text"}[kind]
-            limits = [f"{sign} {_plain(field[key])}" for key, sign in BOUNDS.items() if key in field]
+            limits = [f"{sign} {_bound(field[key])}" for key, sign in BOUNDS.items() if key in field]
             return " ".join([word, ", ".join(limits)]).strip()
     return "any"
+
+
+def _bound(value: float) -> str:
+    """Return a limit; one beside a large power of two is written as that."""
+    power = int(value + 1).bit_length() - 1
+    off = value - 2**power
+    if power < 16 or off not in (0, -1):
+        return _plain(value)
+    return f"2^{power}" + (" - 1" if off else "")
 
 
 def _default(name: str, field: dict[str, Any], schema: dict[str, Any]) -> str:

@@ -1,9 +1,10 @@
 """Settings of a trial and of a study, checked before anything is trained or overwritten."""
 
+from ablate.config.errors import ConfigError, echo, reason
 from ablate.config.presets import PRESETS, Preset
 from ablate.config.reading import load_study
 from ablate.config.search import Finalists, Sampler
-from ablate.config.section import ConfigError, Section, digest, parse
+from ablate.config.section import Section, digest, parse
 from ablate.config.settings import Corpus, Dense, Mixture, Model, Questions, Train, Tree, Trial
 from ablate.config.study import Budget, Contrast, Factor, Levels, Scalar, Study, Tune, check_field, integer_field
 
@@ -31,7 +32,9 @@ __all__ = [
     "Tune",
     "check_field",
     "digest",
+    "echo",
     "integer_field",
     "load_study",
     "parse",
+    "reason",
 ]

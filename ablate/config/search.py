@@ -6,8 +6,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ablate.config.section import Section
-from ablate.config.settings import Positive
+from ablate.config.section import Settings
+from ablate.config.settings import Positive, Seed
 
 SAMPLERS = {
     "tpe": {"startup", "multivariate"},
@@ -20,16 +20,16 @@ SAMPLERS = {
 """Optuna's samplers, and the settings beside `seed` that each takes."""
 
 
-class Sampler(Section):
+class Sampler(Settings):
     """What proposes the candidates of a search: one of Optuna's samplers."""
 
     name: Literal["tpe", "cmaes", "gp", "nsga2", "qmc", "random"] = "tpe"
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    seed: Seed = 0
     startup: Positive | None = None
     """tpe, cmaes, gp: candidates drawn at random before the sampler learns; Optuna's default where not given."""
     multivariate: bool = False
     """tpe: model factors together instead of one by one."""
-    population: Annotated[int, Field(ge=2)] | None = None
+    population: Annotated[int, Field(ge=2, le=10_000)] | None = None
     """cmaes, nsga2: candidates of one generation; Optuna's default where not given."""
 
     @model_validator(mode="after")
@@ -41,10 +41,10 @@ class Sampler(Section):
         return self
 
 
-class Finalists(Section):
+class Finalists(Settings):
     """The best candidates of a search run again on fresh seeds, because the best of many looks better than it is."""
 
-    count: Annotated[int, Field(ge=0)] = 3
+    count: Annotated[int, Field(ge=0, le=10_000)] = 3
     """0: none, and the search names nothing."""
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    seeds: tuple[Seed, ...] = ()
     """Seeds that the race does not use; as many as it has, right after its largest, where not given."""

@@ -6,15 +6,17 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ablate.config.section import Section, digest
+from ablate.config.section import Settings, digest
 from ablate.kernels.spec import TRAITS, Activation, NodeBackward, Placement
 
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Size = Annotated[int, Field(ge=1, le=2**20)]
+"""Of a layer: a larger one fits no machine, and building it would end this process."""
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class Corpus(Section):
+class Corpus(Settings):
     """Where text comes from and how it becomes tokens."""
 
     source: Literal["stdlib", "files", "hub"] = "stdlib"
@@ -42,7 +44,7 @@ class Corpus(Section):
     """bpe: trained on the corpus; bytes: no training; file: a tokenizer.json."""
     tokenizer_file: str | None = None
     """file: path of the tokenizer.json."""
-    vocab_size: Annotated[int, Field(ge=257, le=2**31 - 1)] = 2048
+    vocab_size: Annotated[int, Field(ge=257, le=2**24)] = 2048
     """bpe: entries, the 256 bytes and the end-of-document mark included."""
     validation_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
     """Share of the documents that are held out for evaluation."""
@@ -66,14 +68,14 @@ class Corpus(Section):
         return self
 
 
-class Tree(Section):
+class Tree(Settings):
     """The tree feed-forward layer (design: one layer covers the published fast feed-forward layouts)."""
 
-    trees: Positive = 4
+    trees: Size = 4
     """K."""
     depth: Annotated[int, Field(ge=0, le=14)] = 6
     """D; each tree has 2^D leaves."""
-    leaf_width: Positive = 4
+    leaf_width: Size = 4
     """W, units in one leaf."""
     node_output: bool = True
     """Whether nodes on the path contribute to the output (UltraFastBERT) or only route."""
@@ -129,7 +131,7 @@ class Tree(Section):
         return self.trees * (self.depth * self.node_output + self.leaf_width)
 
 
-class Dense(Section):
+class Dense(Settings):
     """The dense feed-forward, for controls: one hidden layer."""
 
     width: Positive | None = None
@@ -153,20 +155,20 @@ class Dense(Section):
 class Mixture(Dense):
     """The top-1 mixture of experts, an outside reference: `width` and activation are each expert's."""
 
-    experts: Annotated[int, Field(ge=2)] = 8
+    experts: Annotated[int, Field(ge=2, le=2**20)] = 8
     """How many experts a layer has."""
 
 
-class Model(Section):
+class Model(Settings):
     """A decoder-only transformer: pre-norm RMSNorm, rotary positions, tied embeddings."""
 
-    d_model: Positive = 128
+    d_model: Size = 128
     """Width: numbers in a token's vector."""
-    blocks: Positive = 4
+    blocks: Size = 4
     """Transformer blocks."""
-    heads: Positive = 4
+    heads: Size = 4
     """Attention heads of a block."""
-    context: Annotated[int, Field(ge=2)] = 256
+    context: Annotated[int, Field(ge=2, le=2**20)] = 256
     """Tokens a sequence."""
     feedforward: Literal["tree", "dense", "none", "moe"] = "tree"
     """Which layer replaces the transformer's MLP."""
@@ -178,7 +180,7 @@ class Model(Section):
         return self
 
 
-class Train(Section):
+class Train(Settings):
     """One training run."""
 
     steps: Positive = 300
@@ -234,6 +236,11 @@ class Train(Section):
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
+        if self.strategy == "fsdp":
+            raise ValueError(
+                "strategy is 'fsdp': it is not supported, as decay of single rows and the balance metrics read whole "
+                "weights; 'ddp' is expected"
+            )
         parts = self.accumulate * self.devices
         if self.batch_size % parts:
             raise ValueError(
@@ -242,7 +249,7 @@ class Train(Section):
         return self
 
 
-class Questions(Section):
+class Questions(Settings):
     """Question answering at the end of a trial; its scores are kept with the trial's result. Needs the extra qa."""
 
     tasks: tuple[str, ...] = ()
@@ -253,7 +260,7 @@ class Questions(Section):
     """Only so many questions of each task."""
 
 
-class Trial(Section):
+class Trial(Settings):
     """Everything that determines one training run."""
 
     corpus: Corpus = Corpus()
@@ -263,9 +270,9 @@ class Trial(Section):
     moe: Mixture = Mixture()
     train: Train = Train()
     questions: Questions = Questions()
-    init_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    init_seed: Seed = 0
     """Initialisation only."""
-    data_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    data_seed: Seed = 0
     """Order of the training data only."""
 
     @model_validator(mode="after")

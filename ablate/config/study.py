@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache, partial
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from ablate.config.endpoints import BPB, Endpoint, EndpointName, endpoints
+from ablate.config.errors import ConfigError, echo
 from ablate.config.presets import PRESETS, Preset
 from ablate.config.search import Finalists, Sampler
-from ablate.config.section import ConfigError, Section, parse
-from ablate.config.settings import Dense, Finite, Mixture, Model, Positive, Train, Tree, Trial
+from ablate.config.section import Section, Settings, no_switch, parse
+from ablate.config.settings import Dense, Mixture, Model, Positive, Seed, Train, Tree, Trial
 
 
-class Levels(Section):
+class Levels(Settings):
     """A factor given as a range, for a search."""
 
-    low: Finite
-    high: Finite
+    low: float
+    high: float
     log: bool = False
     integer: bool = False
 
@@ -33,7 +36,7 @@ class Levels(Section):
 Scalar = bool | int | float | str | None
 
 
-class Factor(Section):
+class Factor(Settings):
     """One choice under study: a field of Tree, Model, Dense or Train, with its levels or range."""
 
     levels: Annotated[list[Scalar], Field(min_length=1)] | None = None
@@ -45,12 +48,10 @@ class Factor(Section):
     def _one(self) -> Self:
         if (self.levels is None) == (self.range is None):
             raise ValueError("levels is missing: a factor has either levels or a range")
-        if self.levels is not None and len({repr(v) for v in self.levels}) < len(self.levels):
-            raise ValueError(f"levels is {self.levels}: a level is listed twice")
         return self
 
 
-class Contrast(Section):
+class Contrast(Settings):
     """A comparison named before the first trial: an arm against the reference arm, one endpoint."""
 
     arm: str
@@ -60,26 +61,28 @@ class Contrast(Section):
     margin: Annotated[float, Field(gt=0)]
 
 
-class Tune(Section):
+class Tune(Settings):
     """Learning rates tried per arm, on seeds kept apart from the evaluation seeds."""
 
     lr: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2)]
-    seeds: Annotated[list[int], Field(min_length=1)]
+    seeds: Annotated[list[Seed], Field(min_length=1)]
 
 
-class Budget(Section):
+class Budget(Settings):
     """When a search ends; the first limit that is reached counts. Enumerated designs take `trials` as an upper check."""
 
     trials: Positive | None = None
-    tokens: Positive | None = None
+    tokens: Annotated[int, Field(ge=1, le=2**53)] | None = None
     hours: Annotated[float, Field(gt=0)] | None = None
 
 
+# Names that a study cannot have, and why.
+RESERVED = {"compare": "reports/compare holds comparisons of studies", "default": "MLflow's own experiment"}
 # Settings that no other design takes, added after the first plans were published.
 SEARCH_ONLY = ("sampler", "race", "finalists", "enqueue", "warm_start")
 
 
-class Study(Section):
+class Study(Settings):
     """One study file."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
@@ -100,7 +103,7 @@ class Study(Section):
     controls: list[Literal["total", "active", "none", "moe"]] = []
     """Beside the arms: dense models of equal total or equal active units, each in the dense section's activation and in
     every other one that an arm has; no feed-forward at all; a top-1 mixture of experts (which has a load loss)."""
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0, 1, 2]
+    seeds: Annotated[list[Seed], Field(min_length=1)] = [0, 1, 2]
     match: Literal["total_units", "active_units", "none"] = "none"
     tune: Tune | None = None
     objectives: Annotated[list[EndpointName], Field(min_length=1)] = [BPB.name]
@@ -135,14 +138,20 @@ class Study(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
+        if self.name.lower() in RESERVED:
+            raise ValueError(f"name is {self.name!r}: it is taken ({RESERVED[self.name.lower()]}); choose another")
         if self.pruner and len(self.objectives) > 1:
             raise ValueError(
                 f"pruner is {self.pruner!r}: with {len(self.objectives)} objectives no trial can be pruned; drop one"
             )
         if self.pruner and self.design != "search":
             raise ValueError(f"pruner is {self.pruner!r}: only design 'search' prunes")
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds is {self.seeds}: a seed is listed twice")
+        _once("seeds", self.seeds)
+        _once("objectives", self.objectives)
+        _once("finalists.seeds", self.finalists.seeds)
+        if self.tune:
+            _once("tune.seeds", self.tune.seeds)
+            _once("tune.lr", self.tune.lr)
         if self.tune and set(self.tune.seeds) & set(self.seeds):
             raise ValueError(f"tune.seeds is {self.tune.seeds}: they must differ from seeds = {self.seeds}")
         if self.design == "search" and not (self.budget.trials or self.budget.tokens or self.budget.hours):
@@ -160,8 +169,30 @@ class Study(Section):
             raise ValueError(f"contrasts: only design 'confirm' has them, not {self.design!r}")
         for key in [*self.factors, *(k for a in self.arms.values() for k in a)]:
             _field(key)
+        self._levels()
         self.trial({})
         return self
+
+    def _levels(self) -> None:
+        """Check that no factor has one level in two spellings, and that conditions name levels that exist."""
+        settled: dict[str, dict[Any, Scalar]] = {}
+        for key, factor in self.factors.items():
+            known: dict[Any, Scalar] = {}
+            for level in factor.levels or []:
+                value = check_field(key, level)
+                if value in known:
+                    both = (repr(known[value]), repr(level))
+                    same = "" if both[0] == both[1] else f": {both[0]} and {both[1]} are one value"
+                    raise ValueError(f"factors.{key}: levels is {echo(factor.levels)}: a level is listed twice{same}")
+                known[value] = level
+            settled[key] = known
+        for key, factor in self.factors.items():
+            for other, level in factor.when.items():
+                if other not in self.factors:
+                    continue  # `expand` says which there are
+                value, bounds = check_field(other, level), self.factors[other].range
+                if value not in settled[other] and not (bounds and bounds.low <= value <= bounds.high):
+                    raise ValueError(f"factors.{key}.when is {echo(factor.when)}: {other} never is {echo(level)}")
 
     def _search(self) -> None:
         """Check what only a search has."""
@@ -212,7 +243,9 @@ class Study(Section):
         merged: dict[str, Any] = {k: dict(v) for k, v in PRESETS[self.preset].items()}
         for name, section in self.base.items():
             if not isinstance(section, dict):
-                raise ConfigError(f"base.{name} is {section!r}: a section with its settings is expected")
+                raise ConfigError(
+                    f"base.{echo(name)[1:-1]} is {echo(section)}: a section with its settings is expected"
+                )
             merged[name] = {**merged.get(name, {}), **section}
         for key, value in changes.items():
             section, field = _field(key)
@@ -229,22 +262,41 @@ def _field(key: str) -> tuple[str, str]:
     section, _, field = key.partition(".")
     sections = _sections()
     if section not in sections:
-        raise ConfigError(f"factor {key!r} is unknown: it starts with one of {', '.join(s + '.' for s in sections)}")
+        raise ConfigError(
+            f"factor {echo(key)} is unknown: it starts with one of {', '.join(s + '.' for s in sections)}"
+        )
     if field not in sections[section].model_fields:
-        raise ConfigError(f"factor {key!r} is unknown: {section} has {', '.join(sections[section].model_fields)}")
+        raise ConfigError(f"factor {echo(key)} is unknown: {section} has {', '.join(sections[section].model_fields)}")
     return section, field
 
 
-def check_field(key: str, value: Any) -> None:
-    """Check a value for one dotted field, without the rest of its section; raises ConfigError."""
-    section, field = _field(key)
-    info = _sections()[section].model_fields[field]
-    annotation: Any = Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
+def check_field(key: str, value: Any) -> Any:
+    """Return a dotted field's value as a trial will hold it; the rest of its section is not looked at.
+
+    Raises:
+        ConfigError: the field does not allow the value.
+    """
     try:
-        TypeAdapter(annotation).validate_python(value)
+        return _adapter(key).validate_python(value)
     except ValidationError as error:
-        message = error.errors()[0]["msg"]
-        raise ConfigError(f"factors.{key} is {value!r}: {message[0].lower()}{message[1:]}") from None
+        message = error.errors(include_url=False)[0]["msg"]
+        raise ConfigError(f"factors.{key} is {echo(value)}: {message[0].lower()}{message[1:]}") from None
+
+
+@cache
+def _adapter(key: str) -> TypeAdapter[Any]:
+    section, field = _field(key)
+    kind = _sections()[section]
+    info = kind.model_fields[field]
+    switch = BeforeValidator(partial(no_switch, kind, field))
+    annotation: Any = Annotated[(info.annotation, *info.metadata, switch)]
+    return TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False))
+
+
+def _once(name: str, values: Sequence[Any]) -> None:
+    for value in values:
+        if values.count(value) > 1:
+            raise ValueError(f"{name} is {echo(list(values))}: {value!r} is listed twice")
 
 
 def integer_field(key: str) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ablate.config import ConfigError, Dense, Factor, Scalar, Study, Tree, Trial
+from ablate.config import ConfigError, Dense, Factor, Scalar, Study, Tree, Trial, check_field
 from ablate.study.fractions import Fraction
 from ablate.study.matching import SHAPE, TOLERANCE, derive, derived_field
 
@@ -15,6 +15,9 @@ Activation = tuple[str, float, str]
 
 # Weight of the mixture's load loss, as in Switch (arXiv 2101.03961).
 MOE_LOAD_LOSS = 0.01
+# So many trials are built before the budget is looked at, which then knows their exact number.
+FEW_TRIALS = 10_000
+MOST_TRIALS = 100_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +77,10 @@ def order_of(factors: Mapping[str, Factor]) -> list[str]:
 
 def exists(factor: Factor, chosen: Mapping[str, Any]) -> bool:
     """Whether a conditional factor exists beside the levels chosen so far."""
-    return all(other in chosen and chosen[other] == level for other, level in factor.when.items())
+    return all(
+        other in chosen and check_field(other, chosen[other]) == check_field(other, level)
+        for other, level in factor.when.items()
+    )
 
 
 def ordered_factors(study: Study) -> list[tuple[str, Factor]]:
@@ -86,6 +92,8 @@ def arms_of(study: Study, base: Trial, fraction: Fraction | None) -> list[Arm]:
     """Return the arms of an enumerated design, its controls last; raises ConfigError for one that cannot be."""
     arms: list[Arm] = []
     if study.design == "factorial":
+        if fraction:
+            _refuse_too_many(study, 2 ** (len(fraction.levels) - len(fraction.generators)))
         for changes in fraction.runs() if fraction else _grid(study):
             arms.append(matched(study, Arm(label=label_of(study, changes), kind="arm", changes=changes)))
     if study.design in {"one_at_a_time", "confirm"}:
@@ -102,6 +110,7 @@ def _grid(study: Study) -> list[dict[str, Scalar]]:
     runs: list[dict[str, Scalar]] = [{}]
     for key, factor in ordered_factors(study):
         levels = factor.levels or []
+        _refuse_too_many(study, sum(len(levels) if exists(factor, run) else 1 for run in runs))
         runs = [
             grown for run in runs for grown in ([{**run, key: v} for v in levels] if exists(factor, run) else [run])
         ]
@@ -109,12 +118,26 @@ def _grid(study: Study) -> list[dict[str, Scalar]]:
     return [{key: run[key] for key in study.factors if key in run} for run in runs]
 
 
+def _refuse_too_many(study: Study, arms: int) -> None:
+    """Refuse a design before its arms are built where they would be more than its budget, and more than a few seconds' work.
+
+    Raises:
+        ConfigError: the design has too many arms.
+    """
+    trials = arms * (len(study.seeds) + (len(study.tune.lr) * len(study.tune.seeds) if study.tune else 0))
+    budget = study.budget.trials
+    if budget is not None and trials > max(budget, FEW_TRIALS):
+        raise ConfigError(f"budget.trials is {budget}: the design has {trials:,} trials or more; drop levels")
+    if trials > MOST_TRIALS:
+        raise ConfigError(f"factors: the design has {trials:,} trials or more, at most {MOST_TRIALS:,} are possible")
+
+
 def _one_at_a_time(study: Study, base: Trial) -> Iterable[dict[str, Scalar]]:
     here = factor_values(base, study.factors)
     for key, factor in study.factors.items():
-        needed = {other: level for other, level in factor.when.items() if here[other] != level}
+        needed = {other: level for other, level in factor.when.items() if here[other] != check_field(other, level)}
         for level in factor.levels or []:
-            if needed or level != here[key]:
+            if needed or check_field(key, level) != here[key]:
                 yield {**needed, key: level}
 
 

@@ -12,6 +12,9 @@ from ablate.config import ConfigError, Scalar, Study
 
 Word = frozenset[str]
 
+# Beyond these, listing what a fraction confounds takes minutes.
+MOST_FACTORS, MOST_GENERATORS = 40, 12
+
 
 @dataclass(frozen=True, slots=True)
 class Fraction:
@@ -110,4 +113,9 @@ def fraction_of(study: Study) -> Fraction:
             raise ConfigError(
                 f"fraction: {key} is generated from {', '.join(sorted(word & set(generators)))}, itself generated"
             )
+    if len(levels) > MOST_FACTORS or len(generators) > MOST_GENERATORS:
+        raise ConfigError(
+            f"fraction: {len(levels)} factors and {len(generators)} generators; "
+            f"at most {MOST_FACTORS} and {MOST_GENERATORS} are possible"
+        )
     return Fraction(levels, generators)

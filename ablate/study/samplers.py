@@ -137,7 +137,8 @@ def adopt(
 
 def key_of(chosen: Mapping[str, Scalar]) -> str:
     """Return a combination as text that is equal for equal combinations."""
-    return json.dumps(dict(chosen), sort_keys=True)
+    numbers = {key: float(v) for key, v in chosen.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    return json.dumps({**chosen, **numbers}, sort_keys=True)
 
 
 def _copy(

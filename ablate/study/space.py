@@ -13,7 +13,7 @@ import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from ablate.config import ConfigError, Factor, Scalar, Study, Trial, check_field, integer_field
+from ablate.config import ConfigError, Factor, Scalar, Study, Trial, check_field, echo, integer_field
 from ablate.study.arms import Arm, exists, factor_keys, matched, ordered_factors
 from ablate.study.matching import SHAPE, derive, derived_field
 
@@ -143,9 +143,9 @@ class Space:
             if key not in chosen:
                 raise ConfigError(f"{where}: {key} is missing; a candidate sets every factor")
             distribution = self.distributions[key]
-            if not _inside(distribution, chosen[key]):
-                raise ConfigError(f"{where}: {key} is {chosen[key]!r}; this search has {describe(distribution)}")
-            known[key] = chosen[key]
+            if not _inside(distribution, value := _settled(key, chosen[key], where)):
+                raise ConfigError(f"{where}: {key} is {echo(chosen[key])}; this search has {describe(distribution)}")
+            known[key] = int(value) if isinstance(distribution, IntDistribution) else value
         if reason := self.impossible(known):
             raise ConfigError(f"{where}: {reason}")
         return known
@@ -219,9 +219,7 @@ def describe(distribution: BaseDistribution) -> str:
 
 def _distribution(key: str, factor: Factor) -> BaseDistribution:
     if factor.levels is not None:
-        for level in factor.levels:
-            check_field(key, level)
-        return CategoricalDistribution(factor.levels)
+        return CategoricalDistribution([check_field(key, level) for level in factor.levels])
     bounds = factor.range
     assert bounds is not None
     if integer_field(key) or bounds.integer:
@@ -285,8 +283,16 @@ def _inside(distribution: BaseDistribution, value: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     assert isinstance(distribution, IntDistribution | FloatDistribution)
-    whole = isinstance(distribution, FloatDistribution) or value == int(value)
-    return whole and distribution.low <= value <= distribution.high
+    inside = distribution.low <= value <= distribution.high  # before the rest: infinity is no whole number
+    return inside and (isinstance(distribution, FloatDistribution) or value == int(value))
+
+
+def _settled(key: str, value: Any, where: str) -> Any:
+    """Return a level as a trial holds it: 0, 0.0 and "0" are one value of a field."""
+    try:
+        return check_field(key, value)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def _apart(distribution: BaseDistribution, a: Scalar, b: Scalar) -> float:

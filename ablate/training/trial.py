@@ -75,11 +75,6 @@ def run_trial(
 
 def _check_devices(trial: Trial) -> None:
     train = trial.train
-    if train.strategy == "fsdp":
-        raise ConfigError(
-            "train.strategy is 'fsdp': it is not supported, as decay of single rows and the balance metrics read whole "
-            "weights; 'ddp' is expected"
-        )
     if torch.cuda.is_available() and train.devices > torch.cuda.device_count():
         raise ConfigError(
             f"train.devices is {train.devices}: a worker has {torch.cuda.device_count()} GPUs here; one trial uses at most those"

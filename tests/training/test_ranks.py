@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ablate.balance import usage
-from ablate.config import ConfigError, Trial
+from ablate.config import Trial
 from ablate.training.checkpoint import load_model
 from ablate.training.result import Evaluation, TrialResult
 from ablate.training.trial import run_trial
@@ -88,11 +88,6 @@ def test_a_process_that_dies_ends_the_trial_and_its_checkpoint_stays(data_root: 
     watching = StopAt(99)
     assert run(on_two(), data_root, tmp_path, watching).status == "finished"
     assert watching.seen == [8, 12], "it went on from the checkpoint of step 6"
-
-
-def test_fsdp_is_refused_in_one_line(data_root: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^train.strategy is 'fsdp': .* 'ddp' is expected$"):
-        run(on_two(strategy="fsdp"), data_root, tmp_path)
 
 
 def test_seconds_count_every_attempt(data_root: Path, tmp_path: Path) -> None:

@@ -1,0 +1,35 @@
+"""The error of everything that a user gives, and how it shows values."""
+
+from __future__ import annotations
+
+import reprlib
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; its message is one line that names the key, echoes the value, says what is allowed."""
+
+
+def echo(value: Any) -> str:
+    """Return a value as an error message shows it: at most 80 characters, however large it is."""
+    short = _Echo().repr(value)
+    return short if len(short) <= 80 else short[:77] + "..."
+
+
+def reason(error: BaseException) -> str:
+    """Return an error's first line, or its type where it has no text."""
+    text = getattr(error, "strerror", None) or str(error)
+    return next(iter(text.splitlines()), "") or type(error).__name__
+
+
+class _Echo(reprlib.Repr):
+    """`repr` that looks at the beginning of a value only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother, self.maxlong = 4, 120, 120, 120
+        self.maxlist = self.maxtuple = self.maxdict = self.maxset = 12
+
+    def repr_int(self, value: int, level: int) -> str:
+        # Python refuses to print a whole number of more than 4,300 digits.
+        return f"a number of {value.bit_length()} bits" if value.bit_length() > 4000 else super().repr_int(value, level)
