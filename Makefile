@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS = true
 export MLFLOW_DISABLE_TELEMETRY = true
 
-.PHONY: repro figures test lint soak brief docs docs-settings lock clean help
+.PHONY: repro figures test lint soak brief gpu docs docs-settings lock clean help
 
 help: ## Print this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -45,6 +45,9 @@ soak: $(VENV)/.installed-dev ## Long proofs (up to an hour).
 
 brief: $(VENV)/.installed-dev ## A cut of the long proofs, some minutes long.
 	ABLATE_KILLS=$${ABLATE_KILLS:-6} $(BIN)/python -m pytest -m soak_short -n 2 --dist load
+
+gpu: ## Measure everything a GPU can tell, into build/gpu; needs CUDA PyTorch and Triton, installs nothing.
+	$(PYTHON) -m ablate.bench.gpu build/gpu --minutes 9
 
 docs: docs-settings ## Build the documentation into build/docs, without a network; a warning is an error.
 	$(BIN)/python -m sphinx -q -W -d build/docs-trees docs build/docs

@@ -16,8 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ablate.bench.contenders import Shape
-from ablate.bench.layer import SHAPES
+from ablate.bench.contenders import SHAPES, Shape
 from ablate.kernels.op import tree_feedforward
 
 RUNS = 15

@@ -88,14 +88,19 @@ def bench_layer(
     plot: Annotated[Path | None, typer.Option(help="Draw the table to this file.")] = None,
     passes: Annotated[str, typer.Option(help="forward, forward_backward, or both.")] = "forward,forward_backward",
     routings: Annotated[str, typer.Option(help="iid, skewed, or both.")] = "iid,skewed",
+    contenders: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated; if not given all but the compiled ones and fastfeedforward (minutes)."),
+    ] = None,
     growth: Annotated[
         bool, typer.Option("--growth", help="Instead: time and memory of a step for depths 6 to 12.")
     ] = False,
     scaling: Annotated[bool, typer.Option("--scaling", help="Instead: a step with 1, 2, 4, … threads.")] = False,
     as_json: Json = False,
 ) -> None:
-    """One tree layer beside dense, masked, fastfeedforward and mixture-of-experts layers; correctness comes first."""
+    """One tree layer beside dense, masked, UltraFastBERT and mixture-of-experts layers; correctness comes first."""
     from ablate.bench import layer
+    from ablate.bench.contenders import CONTENDERS, DEFAULT, SHAPES
 
     among([device], ["cpu", "cuda"], "device")
     if device == "cuda":
@@ -103,7 +108,7 @@ def bench_layer(
 
         if not torch.cuda.is_available():
             raise ConfigError("device is 'cuda': no CUDA or ROCm device is here; use cpu")
-    names = among(shapes.split(","), list(layer.SHAPES), "shapes")
+    names = among(shapes.split(","), list(SHAPES), "shapes")
     if growth or scaling:
         from ablate.bench import layer_modes
 
@@ -122,6 +127,7 @@ def bench_layer(
         passes=among(passes.split(","), list(layer.PASSES), "passes"),
         routings=among(routings.split(","), list(layer.ROUTINGS), "routings"),
         plot=plot,
+        contenders=DEFAULT if contenders is None else among(contenders.split(","), list(CONTENDERS), "contenders"),
     )
 
 

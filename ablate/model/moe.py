@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ablate.config import Mixture
 from ablate.kernels.activations import phi, unit_gain
+
+if TYPE_CHECKING:
+    from ablate.config import Mixture
 
 
 def top1(
