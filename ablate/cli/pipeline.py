@@ -224,6 +224,8 @@ def study_plan(
         "trials": found.trials,
         "tokens": found.tokens,
         "seconds": found.seconds,
+        "seconds_more": found.seconds_more,
+        "tuning": dict(zip(("least", "most"), found.plan.tuning, strict=True)),
         "plan_hash": found.plan.hash,
         "notes": found.plan.notes,
         "arms": rows,
@@ -243,7 +245,12 @@ def study_plan(
         table_of(f"Plan {found.plan.hash}", columns, cells)
     for note in found.plan.notes:
         print(note)
-    print(f"{found.trials} trials to do, {found.tokens:,} training tokens, about {found.seconds / 60:.1f} minutes")
+    if found.plan.tuning[1]:
+        print(found.plan.tuning_text)
+    more = f", at most {found.seconds_more / 60:.1f} more for rates" if found.seconds_more else ""
+    print(
+        f"{found.trials} trials to do, {found.tokens:,} training tokens, about {found.seconds / 60:.1f} minutes{more}"
+    )
 
 
 @study_app.command("status")
@@ -258,6 +265,8 @@ def study_status(name: Name, as_json: Json = False) -> None:
         return
     rows = [["done", f"{now.done} of {now.total or '?'}"], *([k, str(v)] for k, v in now.by_status.items())]
     rows.append(["running", "yes" if now.running else "no"])
+    if now.tuning is not None:
+        rows.append(["learning rates", str(now.tuning)])
     if now.seconds_left is not None:
         rows.append(["time left", f"about {now.seconds_left / 60:.1f} minutes"])
     if now.candidates is not None:

@@ -14,6 +14,8 @@ from ablate.config.presets import PRESETS, Preset
 from ablate.config.search import Finalists, Sampler
 from ablate.config.section import Section, Settings, no_switch, parse
 from ablate.config.settings import Dense, Mixture, Model, Positive, Seed, Train, Tree, Trial
+from ablate.config.tune import Bracket, Tune
+from ablate.config.tune import read as read_tune
 
 
 class Levels(Settings):
@@ -61,13 +63,6 @@ class Contrast(Settings):
     margin: Annotated[float, Field(gt=0)]
 
 
-class Tune(Settings):
-    """Learning rates tried per arm, on seeds kept apart from the evaluation seeds."""
-
-    lr: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2)]
-    seeds: Annotated[list[Seed], Field(min_length=1)]
-
-
 class Budget(Settings):
     """When a search ends; the first limit that is reached counts. Enumerated designs take `trials` as an upper check."""
 
@@ -105,7 +100,9 @@ class Study(Settings):
     every other one that an arm has; no feed-forward at all; a top-1 mixture of experts (which has a load loss)."""
     seeds: Annotated[list[Seed], Field(min_length=1)] = [0, 1, 2]
     match: Literal["total_units", "active_units", "none"] = "none"
-    tune: Tune | None = None
+    tune: Tune | Bracket | None = None
+    """How arms get their learning rates: none is one rate for all (the base's), bracket a rule that finds each arm's own;
+    a mapping with lr is a grid of rates."""
     objectives: Annotated[list[EndpointName], Field(min_length=1)] = [BPB.name]
     pruner: Literal["halving", "median"] | None = None
     """`search` with one objective: end a candidate's first run early where it lags behind others at the same step."""
@@ -134,6 +131,8 @@ class Study(Settings):
             data = {**data, "factors": short}
         if isinstance(data, dict) and isinstance(data.get("sampler"), str):
             data = {**data, "sampler": {"name": data["sampler"]}}
+        if isinstance(data, dict) and "tune" in data:
+            data = {**data, "tune": read_tune(data["tune"])}
         return data
 
     @model_validator(mode="after")
@@ -149,11 +148,7 @@ class Study(Settings):
         _once("seeds", self.seeds)
         _once("objectives", self.objectives)
         _once("finalists.seeds", self.finalists.seeds)
-        if self.tune:
-            _once("tune.seeds", self.tune.seeds)
-            _once("tune.lr", self.tune.lr)
-        if self.tune and set(self.tune.seeds) & set(self.seeds):
-            raise ValueError(f"tune.seeds is {self.tune.seeds}: they must differ from seeds = {self.seeds}")
+        self._tuned()
         if self.design == "search" and not (self.budget.trials or self.budget.tokens or self.budget.hours):
             raise ValueError("budget is missing: design 'search' needs budget.trials, budget.tokens or budget.hours")
         self._search()
@@ -172,6 +167,24 @@ class Study(Settings):
         self._levels()
         self.trial({})
         return self
+
+    def _tuned(self) -> None:
+        """Check that rates are tuned on seeds that nothing else uses."""
+        if self.tune is None:
+            return
+        seeds, pilot = list(self.tune.seeds), []
+        if isinstance(self.tune, Tune):
+            _once("tune.lr", self.tune.lr)
+        else:
+            pilot = list(self.tune.pilot)
+        _once("tune.seeds", seeds)
+        for name, own, other, others in (
+            ("tune.seeds", seeds, "seeds", self.seeds),
+            ("tune.seeds", seeds, "tune.pilot", pilot),
+            ("seeds", self.seeds, "tune.pilot", pilot),
+        ):
+            if set(own) & set(others):
+                raise ValueError(f"{name} is {echo(own)}: they must differ from {other} = {echo(others)}")
 
     def _levels(self) -> None:
         """Check that no factor has one level in two spellings, and that conditions name levels that exist."""

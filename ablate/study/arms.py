@@ -124,7 +124,7 @@ def _refuse_too_many(study: Study, arms: int) -> None:
     Raises:
         ConfigError: the design has too many arms.
     """
-    trials = arms * (len(study.seeds) + (len(study.tune.lr) * len(study.tune.seeds) if study.tune else 0))
+    trials = arms * (len(study.seeds) + (study.tune.limits[0] * len(study.tune.seeds) if study.tune else 0))
     budget = study.budget.trials
     if budget is not None and trials > max(budget, FEW_TRIALS):
         raise ConfigError(f"budget.trials is {budget}: the design has {trials:,} trials or more; drop levels")

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ablate.config import ConfigError, Questions, Scalar, Study, Trial, digest
-from ablate.config.endpoints import ENDPOINTS, Endpoint
+from ablate.config.endpoints import ENDPOINTS
+from ablate.config.tune import Trace, follow
 from ablate.results.record import Kind
 from ablate.study.arms import Arm, arms_of, distinct, factor_keys, factor_values, order_of, trial_of
 from ablate.study.fractions import fraction_of
@@ -42,6 +43,8 @@ class Plan:
     """In the order they are started: learning-rate trials first, then seed by seed over all arms."""
     waiting_for_tune: int
     """Evaluation trials that still wait for their arm's learning rate."""
+    tuning: tuple[int, int]
+    """Tuning trials in the end, at the least and at the most; a bracket ends where its arm's best rate lies inside."""
     notes: tuple[str, ...]
     """What a reader must know: derived sizes, aliases of a fraction."""
     hash: str
@@ -62,21 +65,36 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """Trials in the end, those that wait for a learning rate included; for a search its budget of trials or 0."""
+        """Trials in the end, at the least, those that wait for a learning rate included; a search's budget or 0."""
         if self.study.design == "search":
             return self.study.budget.trials or 0
-        return len(self.trials) + self.waiting_for_tune
+        return len(self.trials) + self.waiting_for_tune + self.tuning[0] - self.tuned
+
+    @property
+    def tuned(self) -> int:
+        """Tuning trials of the plan so far."""
+        return sum(t.kind == "tune" for t in self.trials)
+
+    @property
+    def tuning_text(self) -> str:
+        """What tuning costs, in words; empty where learning rates are not tuned."""
+        if self.study.tune is None:
+            return ""
+        rates, seeds = _span(self.study.tune.limits), len(self.study.tune.seeds)
+        return f"learning rates: {_span(self.tuning)} of the trials tune them ({rates} rates an arm on {seeds} seeds)"
 
 
-def expand(
-    study: Study, learning_rates: Mapping[str, float] | None = None, finalists: Iterable[PlannedTrial] = ()
-) -> Plan:
+def _span(limits: tuple[int, int]) -> str:
+    return f"{limits[0]}" if limits[0] == limits[1] else f"{limits[0]} to {limits[1]}"
+
+
+def expand(study: Study, traces: Mapping[str, Trace] | None = None, finalists: Iterable[PlannedTrial] = ()) -> Plan:
     """Build all arms and trials of a study, each validated.
 
     Args:
         study: the study file.
-        learning_rates: for a study with `tune`, the rate chosen for each arm so far (label to rate); an arm's
-            evaluation trials are in the plan once its rate is known. The plan's hash does not depend on it.
+        traces: for a study with `tune`, how far the tuning of each arm is (label to trace); an arm's evaluation trials
+            are in the plan once its rate is known. The plan's hash does not depend on it.
         finalists: for a search whose race is over, the trials of its best candidates on fresh seeds.
 
     Raises:
@@ -91,22 +109,22 @@ def expand(
     keys = factor_keys(study)
     trials: list[PlannedTrial] = list(finalists)
     waiting = 0
+    known = _traces(study, base, arms, traces or {})
     if study.tune:
-        rates = sorted(study.tune.lr)
-        for seed, arm, lr in itertools.product(study.tune.seeds, arms, rates):
-            trials.append(_planned(study, arm, seed, keys, "tune", {"train.lr": lr}))
+        for seed, arm in itertools.product(study.tune.seeds, arms):
+            trials += [tuning_trial(study, arm, seed, lr, keys) for lr in known[arm.label].rounds]
     for seed, arm in itertools.product(study.seeds, arms):
         if study.tune is None:
             trials.append(_planned(study, arm, seed, keys, arm.kind))
-        elif learning_rates and arm.label in learning_rates:
-            trials.append(_planned(study, arm, seed, keys, arm.kind, {"train.lr": learning_rates[arm.label]}))
+        elif (lr := known[arm.label].chosen) is not None:
+            trials.append(_planned(study, arm, seed, keys, arm.kind, {"train.lr": lr}))
         else:
             waiting += 1
-    limit = study.budget.trials
-    if study.design != "search" and limit is not None and len(trials) + waiting > limit:
-        raise ConfigError(
-            f"budget.trials is {limit}: the design has {len(trials) + waiting} trials; raise it or drop levels"
-        )
+    tuning = _tuning(study, known.values())
+    limit, whole = study.budget.trials, tuning[1] + len(arms) * len(study.seeds)
+    if study.design != "search" and limit is not None and whole > limit:
+        words = "up to " if tuning[0] < tuning[1] else ""
+        raise ConfigError(f"budget.trials is {limit}: the design has {words}{whole} trials; raise it or drop levels")
     notes = [f"{arm.label}: {arm.derived}" for arm in arms if arm.derived]
     if study.design == "search":
         notes += _search_notes(study, base)
@@ -117,24 +135,27 @@ def expand(
         arms=arms,
         trials=tuple(trials),
         waiting_for_tune=waiting,
+        tuning=tuning,
         notes=tuple(notes),
         hash=digest([study.settled(), base.model_dump(mode="json")]),
         space=_space(study, base),
     )
 
 
-def choose_rate(rates: Mapping[float, list[float | None]], quality: Endpoint) -> tuple[float, bool]:
-    """The learning rate with the best mean quality over the tuning seeds, and whether it lies at the edge of those tried.
+def _traces(study: Study, base: Trial, arms: Iterable[Arm], known: Mapping[str, Trace]) -> dict[str, Trace]:
+    """Return how far the tuning of every arm is; arms that are not in `known` are at its beginning."""
+    if study.tune is None:
+        return {}
+    return {arm.label: known.get(arm.label) or follow(study.tune, base.train.lr, study.quality) for arm in arms}
 
-    A rate of which any trial diverged (None) loses to every rate that trained; ties go to the smaller rate.
-    """
 
-    def key(rate: float) -> tuple[int, float, float]:
-        known = [quality.sign * v for v in rates[rate] if v is not None]
-        return len(rates[rate]) - len(known), sum(known) / len(known) if known else 0.0, rate
-
-    best = min(rates, key=key)
-    return best, best in (min(rates), max(rates))
+def _tuning(study: Study, known: Iterable[Trace]) -> tuple[int, int]:
+    """Return the tuning trials of a study in the end, at the least and at the most."""
+    if study.tune is None:
+        return 0, 0
+    most, rates = study.tune.limits[1], list(known)
+    highest = sum(most if trace.chosen is None else trace.least for trace in rates)
+    return sum(trace.least for trace in rates) * len(study.tune.seeds), highest * len(study.tune.seeds)
 
 
 def _check(study: Study) -> None:
@@ -142,6 +163,10 @@ def _check(study: Study) -> None:
         raise ConfigError(f"factors: design 'confirm' takes arms only, not {', '.join(study.factors)}")
     if study.design == "search" and (study.arms or study.controls or study.tune):
         named = next(n for n in ("arms", "controls", "tune") if getattr(study, n))
+        if named == "tune":
+            raise ConfigError(
+                "tune: in design 'search' the learning rate is a dimension; put train.lr among the factors"
+            )
         raise ConfigError(f"{named}: design 'search' has candidates only; put them in a factorial or confirm study")
     if study.fraction and study.design != "factorial":
         raise ConfigError(f"fraction: only design 'factorial' has one, not {study.design!r}")
@@ -187,6 +212,11 @@ def _check_contrasts(study: Study, base: Trial, arms: Iterable[Arm]) -> None:
         if contrast.endpoint not in ENDPOINTS and not contrast.endpoint.startswith(tuple(asked)):
             known = ", ".join([*ENDPOINTS, *(f"{name}acc" for name in asked)])
             raise ConfigError(f"contrasts: endpoint {contrast.endpoint!r} is not measured; this study has {known}")
+
+
+def tuning_trial(study: Study, arm: Arm, seed: int, lr: float, keys: list[str]) -> PlannedTrial:
+    """Return the training run that tries a rate for an arm."""
+    return _planned(study, arm, seed, keys, "tune", {"train.lr": lr})
 
 
 def _planned(

@@ -16,9 +16,11 @@ from statistics import mean, median
 import numpy as np
 
 from ablate.config import Questions, Study, Trial
+from ablate.config.tune import Trace
 from ablate.results.layout import Layout
 from ablate.study.designs import Plan, expand
 from ablate.study.engines import THREAD_VARIABLES, available_cpus, environment
+from ablate.study.rates import traces
 from ablate.study.space import Space
 from ablate.training.result import Evaluation
 
@@ -35,7 +37,9 @@ class Forecast:
 
     plan: Plan
     seconds: float
-    """Predicted wall time of what is not done yet."""
+    """Predicted wall time of what is not done yet, at the least where learning rates are still tuned."""
+    seconds_more: float
+    """What brackets may add, where every arm tries as many rates as it may."""
     trials: int
     """Trials that are not done yet."""
     tokens: int
@@ -51,16 +55,19 @@ def forecast(study: Study, root: Path, *, workers: int = 1, data_root: Path | No
 
     Nothing that it trains is kept. Raises ConfigError like `run_study`.
     """
-    plan = expand(study)
-    done = Layout(root, study.name).done()
+    layout = Layout(root, study.name)
+    done = layout.done()
+    known, _ = traces(study, layout)
+    plan = expand(study, known)
     if study.design == "search":
         trials, arms = _candidates(study, max(0, (study.budget.trials or 0) - len(done)))
+        perhaps: list[Trial] = []
     else:
         open_trials = [t for t in plan.trials if t.hash not in done]
         trials, arms = [t.trial for t in open_trials], [t.arm for t in open_trials]
-        if study.tune:
-            trials += [study.trial(dict(a.changes)) for a in plan.arms for _ in study.seeds]
-            arms += [a.label for a in plan.arms for _ in study.seeds]
+        coming, perhaps = to_come(plan, known)
+        trials += [trial for trial, _ in coming]
+        arms += [arm for _, arm in coming]
     costs = measure(_shapes(trials), root=root, data_root=data_root or root / "data", workers=workers)
     each = [costs[_shape(trial)] for trial in trials]
     seconds = sum(c.seconds(t) for c, t in zip(each, trials, strict=True)) / workers
@@ -68,11 +75,28 @@ def forecast(study: Study, root: Path, *, workers: int = 1, data_root: Path | No
     return Forecast(
         plan=plan,
         seconds=seconds + (START_SECONDS if trials else 0.0),
+        seconds_more=sum(costs[_shape(trial)].seconds(trial) for trial in perhaps) / workers,
         trials=len(trials),
         tokens=sum(t.tokens for t in trials),
         seconds_by_arm=by_arm,
         space=Space(study).table() if study.design == "search" else [],
     )
+
+
+def to_come(plan: Plan, known: Mapping[str, Trace]) -> tuple[list[tuple[Trial, str]], list[Trial]]:
+    """Return trials that the plan does not list yet, of arms whose rate is not known: those that must come, with their
+    arms, and those that a bracket may add."""
+    study = plan.study
+    certain: list[tuple[Trial, str]] = []
+    perhaps: list[Trial] = []
+    for arm in plan.arms if study.tune else ():
+        trace = known[arm.label]
+        if study.tune is None or trace.chosen is not None:
+            continue
+        trial, seeds = study.trial(dict(arm.changes)), len(study.tune.seeds)
+        certain += [(trial, arm.label)] * ((trace.least - len(trace.rounds)) * seeds + len(study.seeds))
+        perhaps += [trial] * ((study.tune.limits[1] - trace.least) * seeds)
+    return certain, perhaps
 
 
 def _candidates(study: Study, count: int) -> tuple[list[Trial], list[str]]:

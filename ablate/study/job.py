@@ -15,7 +15,7 @@ from ablate.study.designs import Plan
 from ablate.study.tracker import Tracker
 from ablate.training.result import Observer, TrialResult
 
-EventKind = Literal["started", "stepped", "finished", "stopped", "retried", "failed", "lost", "fatal"]
+EventKind = Literal["planned", "started", "stepped", "finished", "stopped", "retried", "failed", "lost", "fatal"]
 
 
 class Run(Protocol):
@@ -58,6 +58,7 @@ class Event:
     seed: int = 0
     step: int = 0
     total: int = 0
+    """Steps of the trial; of `planned`, trials of the study."""
     values: tuple[float, ...] | None = None
     """The study's objectives at the trial's end."""
     seconds: float = 0.0

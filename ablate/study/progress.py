@@ -95,6 +95,10 @@ class Display:
 
     def tell(self, event: Event) -> None:
         """Show what happened in a worker."""
+        if event.kind == "planned":
+            self._total = event.total
+            self._progress.update(self._task, total=event.total)
+            return
         if event.kind in {"started", "stepped"}:
             self._now[event.worker] = event
         else:

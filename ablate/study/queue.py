@@ -12,16 +12,19 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import optuna
+from optuna.distributions import FloatDistribution
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from ablate.config import ConfigError, Study
 from ablate.config.endpoints import Direction
+from ablate.config.tune import HIGHEST
 from ablate.results.record import Record
 from ablate.study.designs import Plan, PlannedTrial
 from ablate.study.storage import GRACE_SECONDS, HEARTBEAT_SECONDS, MAX_RETRIES
 
+RATE, LOWEST = "train.lr", 1e-12
 HASH, ARM, SEED, KIND, WORKER, ERROR, RUN = "trial", "arm", "seed", "kind", "worker", "error", "mlflow_run"
 
 
@@ -107,6 +110,14 @@ class Queue:
                 self._enqueue(trial)
                 waiting.add(name)
         return len(waiting)
+
+    def add(self, plan: Plan) -> int:
+        """Put in line the trials of a grown plan that the storage has never seen; returns how many they are."""
+        known = {frozen.user_attrs.get(HASH) for frozen in self.study.get_trials(deepcopy=False)}
+        missing = [trial for trial in plan.trials if trial.hash not in known]
+        for trial in missing:
+            self._enqueue(trial)
+        return len(missing)
 
     def claim(self, worker: str) -> Claim | None:
         """Take a waiting trial, exactly one process each; None where none waits."""
@@ -194,7 +205,18 @@ class Queue:
 
     def _enqueue(self, planned: PlannedTrial) -> None:
         attributes = {HASH: planned.hash, ARM: planned.arm, SEED: planned.seed, KIND: planned.kind}
-        self.study.enqueue_trial({}, user_attrs=attributes)
+        if planned.kind != "tune":
+            self.study.enqueue_trial({}, user_attrs=attributes)
+            return
+        # A point of its own choice; one range for all points, for a range that grows is another parameter to Optuna.
+        self.study.add_trial(
+            optuna.trial.create_trial(
+                state=TrialState.WAITING,
+                params={RATE: planned.trial.train.lr},
+                distributions={RATE: FloatDistribution(LOWEST, HIGHEST, log=True)},
+                user_attrs=attributes,
+            )
+        )
 
     def _refuse_if_alive(self, frozen: FrozenTrial, host: str) -> None:
         worker = str(frozen.user_attrs.get(WORKER, ""))

@@ -44,6 +44,7 @@ def plan_document(
         ],
         "waiting_for_tune": plan.waiting_for_tune,
         "tuned": tuned or {},
+        **({"tuning": {"least": plan.tuning[0], "most": plan.tuning[1]}} if study.tune else {}),
         **({"search": {"budget": study.budget.model_dump(), **(search or {})}} if study.design == "search" else {}),
     }
 

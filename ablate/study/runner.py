@@ -22,11 +22,12 @@ from ablate.results.plan_file import load_plan
 from ablate.results.record import Record, load_record
 from ablate.study.address import default_storage, shown
 from ablate.study.candidates import Candidates
-from ablate.study.designs import Plan, choose_rate, expand
+from ablate.study.designs import Plan, expand
 from ablate.study.engines import LocalEngine, host
 from ablate.study.job import Event, Job, Run, disk_full
 from ablate.study.progress import Display
 from ablate.study.queue import Queue
+from ablate.study.rates import traces
 from ablate.study.records import save_plan
 from ablate.study.storage import open_storage
 from ablate.study.tracker import Tracker
@@ -149,37 +150,13 @@ def _queue(job: Job) -> Queue:
 
 def _plan(study: Study, layout: Layout) -> Plan:
     """The plan as far as it is known, written to plan.json."""
-    rates, tuned = learning_rates(study, layout)
-    plan = expand(study, rates)
+    known, tuned = traces(study, layout)
+    plan = expand(study, known)
     before = load_plan(layout)
     # A search's file also says what its candidates were; it is written again when the race is over.
     if not (plan.racing and before and before.get("hash") == plan.hash):
         save_plan(layout, plan, tuned)
     return plan
-
-
-def learning_rates(study: Study, layout: Layout) -> tuple[dict[str, float], dict[str, Any]]:
-    """The rate of every arm whose tuning trials are all done, and how it was chosen (for plan.json and the report)."""
-    if study.tune is None:
-        return {}, {}
-    done = layout.done()
-    found: dict[str, dict[float, list[float | None]]] = {}
-    for planned in expand(study).trials:
-        if planned.hash in done:
-            record = load_record(layout.record(planned.hash))
-            value = study.quality.value(record.final) if record.status == "finished" else None
-            found.setdefault(planned.arm, {}).setdefault(planned.trial.train.lr, []).append(value)
-    rates, tuned = {}, {}
-    for arm, values in found.items():
-        if sum(map(len, values.values())) < len(study.tune.lr) * len(study.tune.seeds):
-            continue
-        rates[arm], edge = choose_rate(values, study.quality)
-        tuned[arm] = {
-            "lr": rates[arm],
-            "at_edge": edge,
-            "tried": [{"lr": lr, study.quality.name: values[lr]} for lr in sorted(values)],
-        }
-    return rates, tuned
 
 
 class _Session:

@@ -7,7 +7,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 from pydantic import BaseModel
@@ -40,13 +40,34 @@ class Finished:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+    """How far the learning rates of a study are."""
+
+    done: int
+    """Finished tuning trials."""
+    least: int
+    """Tuning trials in the end, at the least."""
+    most: int
+    arms: int
+    settled: int
+    """Arms whose rate is known."""
+    bound: list[str]
+    """Arms whose rate is a bound, not an optimum."""
+
+    def __str__(self) -> str:
+        of = f"{self.least}" if self.least == self.most else f"{self.least} to {self.most}"
+        bound = f"; a bound, not an optimum: {', '.join(self.bound)}" if self.bound else ""
+        return f"{self.done} of {of} trials, {self.settled} of {self.arms} arms have their rate{bound}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StudyStatus:
     """The present state of a study."""
 
     study: str
     design: str
     total: int
-    """Planned trials; 0 for a search bounded by tokens or hours."""
+    """Planned trials, at the least where rates are still tuned; 0 for a search bounded by tokens or hours."""
     done: int
     by_status: dict[str, int]
     """Finished trials by status."""
@@ -56,6 +77,8 @@ class StudyStatus:
     """Estimated from the pace of the last 50 trials; None where it is not running or unknown."""
     best: list[Leader]
     """The leading arm on each objective, by its mean over seeds; finalists only, once there are any."""
+    tuning: Tuning | None
+    """Its learning rates; None where they are not tuned."""
     candidates: int | None
     """Candidates of a search so far; None for other designs."""
     storage: str
@@ -76,7 +99,8 @@ def status(name: str, root: Path, storage: str | None = None) -> StudyStatus:
     by_status: dict[str, int] = {}
     for one in finished:
         by_status[one.status] = by_status.get(one.status, 0) + 1
-    total = (plan["search"]["budget"]["trials"] or 0) if search else len(planned) + plan["waiting_for_tune"]
+    tuning = _tuning(plan, finished)
+    total = (plan["search"]["budget"]["trials"] or 0) if search else _total(plan, tuning)
     running = is_live(layout)
     storage = storage or default_storage(root)
     study = f"{name}-{plan['space']}"
@@ -89,11 +113,32 @@ def status(name: str, root: Path, storage: str | None = None) -> StudyStatus:
         running=running,
         seconds_left=_left(finished, total) if running else None,
         best=_best(plan["objectives"], finished),
+        tuning=tuning,
         candidates=len({f.arm for f in finished if f.kind == "search"}) if search else None,
         storage=f"{shown(storage)}, study {study}",
         # Where every planned trial has its result there is nothing to ask the database for.
         failures=_failures(study, storage, {f.trial for f in finished}) if search or len(finished) < total else [],
     )
+
+
+def _tuning(plan: dict[str, Any], finished: list[Finished]) -> Tuning | None:
+    planned = sum(t["kind"] == "tune" for t in plan["trials"])
+    if not planned:
+        return None
+    known = plan.get("tuning", {"least": planned, "most": planned})  # plans before brackets
+    return Tuning(
+        done=sum(f.kind == "tune" for f in finished),
+        least=known["least"],
+        most=known["most"],
+        arms=len(plan["arms"]),
+        settled=len(plan["tuned"]),
+        bound=[arm for arm, found in plan["tuned"].items() if found["at_edge"]],
+    )
+
+
+def _total(plan: dict[str, Any], tuning: Tuning | None) -> int:
+    others: int = plan["waiting_for_tune"] + sum(t["kind"] != "tune" for t in plan["trials"])
+    return others + (tuning.least if tuning else 0)
 
 
 def _best(objectives: list[str], finished: list[Finished]) -> list[Leader]:

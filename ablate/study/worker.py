@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from ablate.results.record import Record
 from ablate.study.attempt import Attempt, Settle
 from ablate.study.candidates import Candidates, Entrant
-from ablate.study.job import Job, Report
+from ablate.study.job import Event, Job, Report
 from ablate.study.queue import Claim, Queue
 from ablate.study.race import beaten_by
+from ablate.study.rates import go_on
 from ablate.study.storage import open_storage
 
 Stopped = Callable[[], bool]
+# Between two looks of a worker that has nothing to run while learning rates are not settled.
+IDLE_SECONDS = 0.5
 
 
 def work(job: Job, name: str, report: Report, stopped: Stopped) -> None:
@@ -25,14 +29,28 @@ def work(job: Job, name: str, report: Report, stopped: Stopped) -> None:
 
 
 def _run_planned(job: Job, queue: Queue, name: str, report: Report, stopped: Stopped) -> None:
-    planned = {t.hash: t for t in job.plan.trials}
+    plan, seen = job.plan, set[str]()
+    planned = {t.hash: t for t in plan.trials}
     while not stopped():
         claim = queue.claim(name)
+        if claim is None and not plan.waiting_for_tune:
+            return
         if claim is None:
-            return
-        settle = _Planned(queue, claim)
-        if not Attempt(job, planned[str(claim.hash)], name, report, stopped, settle).run().goes_on:
-            return
+            others, done = queue.running(), job.layout.done()
+            if done == seen:
+                if not others:
+                    return
+                time.sleep(IDLE_SECONDS)  # what others run may settle a learning rate
+                continue
+            seen = done
+        if claim is None or claim.hash not in planned:
+            plan = go_on(queue, job.layout)
+            planned = {t.hash: t for t in plan.trials}
+            report(Event(worker=name, kind="planned", total=plan.total))
+        if claim is not None:
+            settle = _Planned(queue, claim)
+            if not Attempt(job, planned[str(claim.hash)], name, report, stopped, settle).run().goes_on:
+                return
 
 
 class _Planned(Settle):

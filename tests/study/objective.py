@@ -110,6 +110,26 @@ def descend(
     )
 
 
+def rated(
+    trial: Trial, *, data_root: Path, folder: Path, observer: Observer | None, threads: int | None
+) -> TrialResult:
+    """The same with a planted best rate: 4 times the default for mirror 0, none for mirror 1 (more is always better); a
+    seed moves all rates alike."""
+    result = descend(trial, data_root=data_root, folder=folder, observer=observer, threads=threads)
+    octaves = float(np.log2(trial.train.lr / 0.003))
+    lost = 0.01 * (octaves - 2) ** 2 if trial.tree.mirror == 0 else -0.01 * octaves
+    last = result.history[-1].model_copy(update={"bpb": 2.0 + 0.001 * (trial.init_seed % 7) + lost})
+    return result.model_copy(update={"history": [*result.history[:-1], last]})
+
+
+def rated_slowly(
+    trial: Trial, *, data_root: Path, folder: Path, observer: Observer | None, threads: int | None
+) -> TrialResult:
+    """The same, slow enough to be interrupted."""
+    time.sleep(0.25)
+    return rated(trial, data_root=data_root, folder=folder, observer=observer, threads=threads)
+
+
 def timed(
     trial: Trial, *, data_root: Path, folder: Path, observer: Observer | None, threads: int | None
 ) -> TrialResult:

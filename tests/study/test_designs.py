@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from ablate.config import ConfigError, Study, parse
-from ablate.config.endpoints import BPB
-from ablate.study.designs import choose_rate, expand
+from ablate.config.tune import Trace
+from ablate.study.designs import expand
 from ablate.study.fractions import fraction_of
 
 
@@ -92,7 +92,8 @@ def test_dense_controls_come_in_the_dense_activation_and_in_each_that_arms_have(
 def test_only_evaluation_trials_are_asked_questions() -> None:
     base = {"questions": {"tasks": ["heldout_cloze"]}}
     plan = expand(
-        study(factors={"tree.mirror": [0, 1]}, base=base, tune={"lr": [0.1, 0.2], "seeds": [9]}), {"mirror=0": 0.1}
+        study(factors={"tree.mirror": [0, 1]}, base=base, tune={"lr": [0.1, 0.2], "seeds": [9]}),
+        {"mirror=0": Trace({0.1: 0, 0.2: 0}, 0.1, bound=True, least=2)},
     )
     assert {(t.kind, t.trial.questions.tasks) for t in plan.trials} == {("tune", ()), ("arm", ("heldout_cloze",))}
 
@@ -168,25 +169,9 @@ def test_tuning_trials_come_first_and_evaluation_waits_for_the_rate() -> None:
     plan = expand(tuned)
     assert [t.kind for t in plan.trials] == ["tune"] * 8
     assert (plan.waiting_for_tune, plan.total) == (4, 12)
-    later = expand(tuned, {"mirror=0": 0.001})
+    later = expand(tuned, {"mirror=0": Trace({0.001: 0, 0.003: 0}, 0.001, bound=True, least=2)})
     assert [(t.arm, t.trial.train.lr) for t in later.trials if t.kind == "arm"] == [("mirror=0", 0.001)] * 2
     assert (later.hash, later.total) == (plan.hash, plan.total)
-
-
-@pytest.mark.parametrize(
-    ("rates", "chosen"),
-    [
-        ({0.1: [2.0], 0.2: [1.0], 0.4: [3.0]}, (0.2, False)),
-        ({0.1: [1.0, 1.2], 0.2: [1.0, 1.3], 0.4: [3.0, 3.0]}, (0.1, True)),
-        ({0.1: [2.0, 2.0], 0.2: [0.1, None], 0.4: [2.5, 2.5]}, (0.1, True)),
-        ({0.1: [None], 0.2: [None], 0.4: [None]}, (0.1, True)),
-    ],
-    ids=["inside", "edge", "diverged-once-loses", "all-diverged"],
-)
-def test_the_rate_with_the_lowest_mean_is_chosen(
-    rates: dict[float, list[float | None]], chosen: tuple[float, bool]
-) -> None:
-    assert choose_rate(rates, BPB) == chosen
 
 
 @pytest.mark.parametrize(
