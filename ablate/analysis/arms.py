@@ -8,7 +8,7 @@ from typing import Any
 import polars as pl
 
 from ablate.analysis.frames import Tables
-from ablate.config.endpoints import RESTORED
+from ablate.config.endpoints import DEPTH, EQUIVALENT, RESTORED
 from ablate.results.columns import FACTOR, QA
 
 DEAD_TARGET = 0.01
@@ -32,7 +32,7 @@ STORY = (
     "pruned_frac",
     "revived_frac",
 )
-BALANCE = ("bits_lost", "never_hit", "max_vio", "gini", "n_eff_ceiling", "informativeness")
+BALANCE = ("bits_lost", EQUIVALENT.name, "never_hit", "max_vio", "gini", "n_eff_ceiling", "informativeness")
 COST = (
     "total_units",
     "active_units",
@@ -54,7 +54,8 @@ def outcomes(tables: Tables, *, finalists: bool = False) -> pl.DataFrame:
 
     A diverged run stays: its quality is the untrained model's (column `bpb_start`), for that is what its user is left with; its
     balance is the last one measured; its answers are at chance (scores without a chance level stay unknown). Pruned and
-    killed runs never reached the end and are left out (see `exclusions`).
+    killed runs never reached the end and are left out (see `exclusions`). Column n_eff_6 says bits_lost as n_eff_frac of
+    depth 6.
     """
     frame = tables.evaluation(finalists=finalists).filter(pl.col("status").is_in(["finished", "diverged"]))
     lost = pl.col("status") == "diverged"
@@ -64,6 +65,7 @@ def outcomes(tables: Tables, *, finalists: bool = False) -> pl.DataFrame:
     frame = frame.with_columns(
         pl.when(lost).then(pl.coalesce(c, f"{c}_last")).otherwise(pl.col(c)).alias(c) for c in last
     ).drop(f"{c}_last" for c in last)
+    frame = frame.with_columns((2.0 ** (-DEPTH * pl.col("bits_lost"))).alias(EQUIVALENT.name))
     quality = tables.study.quality
     guessed = [c for c in frame.columns if c.startswith(QA) and f"{c}/chance" in frame.columns]
     return frame.with_columns(

@@ -8,7 +8,8 @@ import numpy as np
 
 from ablate.analysis import arms, contrasts
 from ablate.analysis.contrasts import Estimate
-from ablate.analysis.findings import compute, judged
+from ablate.analysis.families import judged
+from ablate.analysis.findings import compute
 from ablate.analysis.frames import Tables
 from ablate.analysis.verdicts import Runs
 from ablate.config import ConfigError

@@ -101,6 +101,11 @@ def within(e: Estimate, margin: ArrayLike) -> Array:
     return _one_sided(m - np.abs(e.effect), e)
 
 
+def under(e: Estimate, bound: ArrayLike) -> Array:
+    """One-sided p of effect >= bound, small where it is shown to lie under the bound."""
+    return _one_sided(np.asarray(bound, dtype=float) - e.effect, e)
+
+
 def beyond(e: Estimate, margin: ArrayLike) -> Array:
     """P of abs(effect) <= margin, small where they differ by more; doubled, as the side is taken from the data."""
     m = np.asarray(margin, dtype=float)
@@ -166,6 +171,24 @@ ADJUST = {"holm": holm, "bh": benjamini_hochberg}
 
 
 @dataclass(frozen=True)
+class Tests:
+    """What every verdict rests on; arrays [..., m], one entry a comparison."""
+
+    effect: Array
+    p: Array
+    """Two-sided, of no difference."""
+    within: Array
+    """Small where the difference is shown to lie within the margin."""
+    beyond: Array
+    """Small where it is shown to lie outside."""
+
+
+def t_tests(e: Estimate, margin: ArrayLike) -> Tests:
+    """Return the t tests of estimates against their margins."""
+    return Tests(e.effect, e.p, within(e, margin), beyond(e, margin))
+
+
+@dataclass(frozen=True)
 class Judged:
     """Verdicts of one family; boolean arrays [..., m]. Neither supported nor refuted means inconclusive."""
 
@@ -174,34 +197,28 @@ class Judged:
     below_margin: NDArray[np.bool_]
     """Supported, yet shown to lie within the margin: real and negligible."""
     p: Array
-    """Of the claim itself: the t test, or TOST for `matches`."""
+    """Of the claim itself: of no difference, or of lying within the margin for `matches`."""
     p_adjusted: Array
     p_within: Array
-    """TOST, adjusted over its own family."""
+    """Of lying within the margin, adjusted over its own family."""
 
 
-def judge(
-    e: Estimate, margin: ArrayLike, claims: list[Claim], method: Literal["holm", "bh"], alpha: float = ALPHA
-) -> Judged:
-    """Verdicts for a family of m claims on estimates [..., m] with margins [m].
+def judge(t: Tests, claims: list[Claim], method: Literal["holm", "bh"], alpha: float = ALPHA) -> Judged:
+    """Return the verdicts for a family of m claims on tests [..., m].
 
-    A direction is supported where the adjusted two-sided p is under alpha and the effect has the claimed sign,
-    refuted where
-    TOST shows it within the margin or where it is significant the other way; both at once stays supported, marked
-    below the
-    margin. `matches` is supported by TOST and refuted by an effect shown to lie beyond the margin. `differs` takes
-    either sign.
-    The t tests (TOST for `matches`) are one family; the tests that refute are adjusted as a second one of the same
-    size.
+    A direction is supported where the adjusted two-sided p is under alpha and the effect has the claimed sign. It is
+    refuted where the effect is shown to lie within the margin, or is significant the other way; both at once stays
+    supported, marked below the margin. `matches` is supported by an effect shown to lie within the margin and refuted
+    by one shown to lie beyond it. `differs` takes either sign. The tests of the claims are one family; the tests that
+    refute are adjusted as a second one of the same size.
     """
     adjust = ADJUST[method]
     matches = np.array([c == "matches" for c in claims])
     sign = np.array([{"lower": -1.0, "higher": 1.0}.get(c, 0.0) for c in claims])
-    p_in, p_out = within(e, margin), beyond(e, margin)
-    p = np.where(matches, p_in, e.p)
-    adjusted, counter = adjust(p), adjust(np.where(matches, p_out, p_in))
+    p = np.where(matches, t.within, t.p)
+    adjusted, counter = adjust(p), adjust(np.where(matches, t.beyond, t.within))
     hit, hit_counter = adjusted < alpha, counter < alpha
-    named = (sign == 0) | (np.sign(e.effect) == sign)
+    named = (sign == 0) | (np.sign(t.effect) == sign)
     supported = hit & named
     refuted = (hit_counter & ~supported) | (hit & ~named)
     return Judged(

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from ablate.analysis import contrasts, effects
+from ablate.analysis import contrasts, effects, tails
 from ablate.analysis.arms import level_text
-from ablate.analysis.contrasts import ALPHA, Estimate
+from ablate.analysis.contrasts import ALPHA
 from ablate.analysis.effects import Design
 from ablate.analysis.frames import Tables
-from ablate.analysis.verdicts import Runs
+from ablate.analysis.tails import Located
+from ablate.analysis.verdicts import Runs, verdict
 from ablate.config.endpoints import unit_of
 from ablate.results.columns import FACTOR
 
@@ -62,7 +63,7 @@ def analyse_factors(
     flat = [(i, t) for i, fitted in enumerate(fits) for t in fitted[-1]]
     adjusted = contrasts.benjamini_hochberg(np.array([float(t.p) for _, t in flat]))
     family: list[dict[str, Any]] = []
-    estimates: list[Estimate] = []
+    located: list[Located] = []
     for i, (endpoint, margin, rows, levels, d, y, tests) in enumerate(fits):
         own = np.array([a for (j, _), a in zip(flat, adjusted, strict=True) if j == i])
         stands = effects.standing(tests, own, ALPHA)
@@ -91,10 +92,10 @@ def analyse_factors(
             )
         for factor in (f for f in levels if f in d.codes):
             partners = _partners(factor, tests, own) if stands[factor,] else []
-            for record, estimate in _level_effects(d, y, factor, partners, levels, rows):
-                family.append(record | {"endpoint": endpoint, "margin": margin, "unit": unit_of(endpoint)})
-                estimates.append(estimate)
-    out["findings"] = _judged(family, estimates)
+            for record, place in _level_effects(d, y, factor, partners, levels, rows, (endpoint, margin)):
+                family.append(record)
+                located.append(place)
+    out["findings"] = _judged(family, located)
     return out
 
 
@@ -155,9 +156,12 @@ def _level_effects(
     partners: list[str],
     levels: dict[str, list[str]],
     rows: pl.DataFrame,
-) -> list[tuple[dict[str, Any], Estimate]]:
+    judged_on: tuple[str, float],
+) -> list[tuple[dict[str, Any], Located]]:
     out = []
+    endpoint, margin = judged_on
     run_ids, seeds = rows["run_id"].to_list(), rows["seed"].to_numpy()
+    late = _late(rows, endpoint)
     combinations = list(itertools.product(*(range(len(levels[p])) for p in partners)))
     for combination in combinations[:COMBINATIONS]:
         at = dict(zip(partners, combination, strict=True))
@@ -176,7 +180,9 @@ def _level_effects(
                 "base_level": levels[factor][0],
                 "at": condition,
                 "claim": "differs",
-                "n": len(ids),
+                "endpoint": endpoint,
+                "margin": margin,
+                "unit": unit_of(endpoint),
                 "seeds": used,
                 "run_ids": ids,
             }
@@ -184,9 +190,24 @@ def _level_effects(
             if len(by_seed) < 2 and not partners:  # a fraction has no two cells that differ in this factor alone
                 by_seed = effects.level_by_seed(d, y, factor, level)
             if len(by_seed) >= 2:
-                record |= {"n": len(by_seed), "paired": True}
-                out.append((record, contrasts.paired(list(by_seed.values()))))
+                n = len(by_seed)
+                share = [float(late[pair & (d.codes[factor] == k)].mean()) for k in (level, 0)]
+                cost = max(float(tails.late_cost(endpoint, x, n, z, n)) for x, z in (share, share[::-1]))
+                named = [(rows["arm"][i], int(seeds[i])) for i in np.flatnonzero(pair & late).tolist()]
+                record |= {"n": n, "paired": True, "notes": tails.notes(endpoint, n, margin, cost)}
+                record |= tails.beside(endpoint, by_seed, named)
+                tail = tails.heavy(endpoint) is not None
+                out.append((record, tails.locate(list(by_seed.values()), margin, tail=tail, cost=cost)))
     return out
+
+
+def _late(rows: pl.DataFrame, endpoint: str) -> Any:
+    """Return, for every row, whether it is an outlying run of its arm."""
+    values: dict[str, dict[int, float]] = {}
+    for arm, seed, value in rows.select("arm", "seed", endpoint).iter_rows():
+        values.setdefault(arm, {})[seed] = value
+    found = {(arm, seed) for arm, own in values.items() for seed in tails.outlying(endpoint, own)}
+    return np.array([key in found for key in rows.select("arm", "seed").iter_rows()], dtype=bool)
 
 
 def _paired_by_seed(d: Design, y: Any, factor: str, level: int, mask: Any) -> dict[int, float]:
@@ -203,16 +224,13 @@ def _paired_by_seed(d: Design, y: Any, factor: str, level: int, mask: Any) -> di
     return {seed: float(np.mean(v)) for seed, v in differences.items()}
 
 
-def _judged(family: list[dict[str, Any]], estimates: list[Estimate]) -> list[dict[str, Any]]:
+def _judged(family: list[dict[str, Any]], located: list[Located]) -> list[dict[str, Any]]:
     if not family:
         return []
-    e = Estimate(
-        *(np.array([getattr(x, f) for x in estimates]) for f in ("effect", "se", "df", "low", "high", "p", "sd"))
-    )
-    judged = contrasts.judge(e, np.array([r["margin"] for r in family]), ["differs"] * len(family), "bh")
+    tests = contrasts.Tests(*(np.array([getattr(x, f) for x in located]) for f in ("effect", "p", "within", "beyond")))
+    judged = contrasts.judge(tests, ["differs"] * len(family), "bh")
     out = []
-    for i, record in enumerate(family):
-        verdict = "supported" if judged.supported[i] else "refuted" if judged.refuted[i] else "inconclusive"
+    for i, (record, place) in enumerate(zip(family, located, strict=True)):
         condition = ", ".join(f"{_short(k)} {v}" for k, v in record["at"].items())
         name = _short(record["factor"])
         full = record | {
@@ -222,12 +240,12 @@ def _judged(family: list[dict[str, Any]], estimates: list[Estimate]) -> list[dic
             "adjustment": "bh",
             "arm_label": f"{name} {record['level']}" + (f" (where {condition})" if condition else ""),
             "reference_label": f"{name} {record['base_level']}",
-            "verdict": verdict,
+            "verdict": verdict(judged, i),
             "below_margin": bool(judged.below_margin[i]),
             "reasons": [],
-            "effect": float(e.effect[i]),
-            "interval": [float(e.low[i]), float(e.high[i])],
-            "sd": float(e.sd[i]),
+            "effect": float(place.effect),
+            "interval": [float(place.low), float(place.high)],
+            "sd": float(place.sd),
             "p": float(judged.p[i]),
             "p_adjusted": float(judged.p_adjusted[i]),
             "p_sign_flip": None,

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import numpy as np
 
-from ablate.analysis import arms, contrasts, controls, sections
-from ablate.analysis.contrasts import ALPHA, Claim
+from ablate.analysis import arms, controls, sections, tails
+from ablate.analysis.contrasts import ALPHA
 from ablate.analysis.factors import analyse_factors
+from ablate.analysis.families import drawn_balance, judge_all, judged
 from ablate.analysis.frames import Tables, canonical, load
 from ablate.analysis.mechanism import mechanism
 from ablate.analysis.pruning import pruning
+from ablate.analysis.restored import restored
 from ablate.analysis.search.story import story
-from ablate.analysis.verdicts import Comparison, Runs, findings, sentence
-from ablate.config import Study, digest
-from ablate.config.endpoints import N_EFF
+from ablate.analysis.verdicts import Runs, sentence
+from ablate.config import digest
 from ablate.files import write_text
 
 SCHEMA = "ablate.findings/1"
@@ -38,11 +39,6 @@ def generator(name: str) -> np.random.Generator:
     return np.random.default_rng(int(digest(name), 16))
 
 
-def judged(study: Study) -> dict[str, float]:
-    """Return the endpoints that every comparison of a study judges, quality and balance, with their margins."""
-    return {endpoint.name: endpoint.margin_of(study) for endpoint in (study.quality, N_EFF)}
-
-
 def compute(tables: Tables) -> dict[str, Any]:
     """All findings of a study as plain data."""
     rng = generator(tables.name)
@@ -54,14 +50,7 @@ def compute(tables: Tables) -> dict[str, Any]:
     runs = Runs.of(frame, endpoints)
     summaries = arms.summaries(tables)
     gap = controls.assay(tables, runs)
-    found: list[dict[str, Any]] = []
-    families = []
-    for family, method, what, comparisons in plan(tables, runs, gap):
-        if comparisons:
-            found += findings(comparisons, runs, names, family=family, method=method, rng=rng)
-            families.append(
-                {"family": family, "adjustment": method, "size": len(comparisons), "what": what, "alpha": ALPHA}
-            )
+    found, families = judge_all(tables, runs, gap, rng)
     finished = Runs.of(frame.filter(frame["status"] == "finished"), endpoints)
     for f in found:
         f["finished_only"] = without_diverged(f, runs, finished)
@@ -107,11 +96,11 @@ def compute(tables: Tables) -> dict[str, Any]:
         "families": families,
         "findings": found,
         "arms": summaries,
-        "restored": sections.restored(tables, runs, frame, reference),
+        "restored": restored(tables, runs, frame, reference),
         "effects": {k: factors[k] for k in ("terms", "withheld", "left_out", "cells")},
         "importance": importance,
         "collapse": sections.collapse(runs, arms.order(tables), margins),
-        "pareto": None if searched else sections.front(tables, frame, rng),
+        "pareto": None if searched else sections.front(tables, frame, drawn_balance(tables.study), rng),
         "learning_rates": sections.learning_rates(tables),
         "power": power,
         "mechanism": mechanism(tables, frame, found),
@@ -143,67 +132,15 @@ def without_diverged(f: dict[str, Any], runs: Runs, finished: Runs) -> dict[str,
     shared = sorted(a.keys() & b.keys())
     if len(shared) < 2:
         return {"effect": None, "interval": None, "n": len(shared)}
-    e = contrasts.paired([a[s] - b[s] for s in shared])
+    e = tails.locate([a[s] - b[s] for s in shared], 0.0, tail=tails.heavy(f["endpoint"]) is not None)
     return {"effect": float(e.effect), "interval": [float(e.low), float(e.high)], "n": len(shared)}
-
-
-Family = tuple[str, Literal["holm", "bh"], str, list[Comparison]]
-
-
-def plan(tables: Tables, runs: Runs, gap: dict[str, Any] | None) -> list[Family]:
-    """Which comparisons a study makes: the named contrasts (Holm), then exploratory ones (Benjamini-Hochberg)."""
-    study = tables.study
-    reference = arms.reference_arm(tables)
-    known = controls.controls(tables)
-    order = arms.order(tables)
-    grid = [a for a in order if a != reference and a not in known]
-    margins, quality = judged(study), study.quality
-    named = [
-        Comparison(
-            c.arm,
-            c.reference,
-            c.endpoint,
-            cast(Claim, c.claim),
-            c.margin,
-            _insensitive(c.reference, c.claim, known, gap),
-        )
-        for c in study.contrasts
-    ]
-    measured = [e for e in margins if any(endpoint == e for _, endpoint in runs.values)]
-    against = [Comparison(a, reference, e, "differs", margins[e]) for a in grid for e in measured if reference]
-    trees = [a for a in [reference, *grid] if a]
-    dense: list[Comparison] = []
-    for control, claim in (
-        ("dense_total", "matches"),
-        ("dense_active", quality.better),
-        ("dense_none", quality.better),
-    ):
-        if control in known:
-            block = _insensitive(control, claim, known, gap)
-            dense += [Comparison(a, control, quality.name, cast(Claim, claim), study.margin, block) for a in trees]
-    for pair in controls.pairs(tables, trees):
-        if pair.own:
-            block = controls.insensitive(controls.assay(tables, runs, pair.total, pair.active))
-            dense.append(Comparison(pair.arm, pair.total, quality.name, "matches", study.margin, block))
-            dense.append(Comparison(pair.arm, pair.active, quality.name, quality.better, study.margin))
-    if "moe" in known:
-        dense += [Comparison(a, "moe", quality.name, "differs", study.margin) for a in trees]
-    return [
-        ("confirm", "holm", "contrasts named in the study before the first trial", named),
-        ("arms", "bh", "every arm against the reference arm", [] if named else against),
-        ("dense", "bh", "every tree arm against the controls", dense),
-    ]
-
-
-def _insensitive(reference: str, claim: str, known: set[str], gap: dict[str, Any] | None) -> str:
-    return controls.insensitive(gap) if claim == "matches" and reference in known else ""
 
 
 def summary(tables: Tables, found: list[dict[str, Any]], summaries: list[dict[str, Any]]) -> dict[str, Any]:
     """The few numbers `dvc metrics` shows."""
     counts = {v: sum(f["verdict"] == v for f in found) for v in ("supported", "refuted", "inconclusive")}
     out: dict[str, Any] = {"trials": tables.trials.height, **counts}
-    for endpoint in (tables.study.quality, N_EFF):
+    for endpoint in (tables.study.quality, drawn_balance(tables.study)):
         best = min if endpoint.better == "lower" else max
         values = {a["label"]: a[endpoint.name]["mean"] for a in summaries if a[endpoint.name]}
         if values:

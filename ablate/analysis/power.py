@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -11,6 +12,10 @@ from scipy import optimize, stats
 from ablate.analysis.contrasts import ALPHA, Array
 
 POWER = 0.8
+MOST = 1000
+"""Pairs beyond which no number is given."""
+QUANTILES = 2000
+"""Of the sample's sd, over which the power of equivalence is averaged."""
 
 
 @cache
@@ -31,6 +36,48 @@ def detectable(n: int, *, paired: bool, alpha: float = ALPHA, power: float = POW
         return (1.0 if np.isnan(found) else float(found)) - power
 
     return float(optimize.brentq(missing, 1e-6, 60.0))
+
+
+@cache
+def equivalence(n: int, margin: float, *, one_sided: bool = False, alpha: float = ALPHA) -> float:
+    """Return the power of showing that n pairs of equal arms differ by less than the margin.
+
+    `margin` is in standard deviations of the differences. Two one-sided t tests, each at alpha; with `one_sided` only the
+    one that shows an arm to be no worse. The t of the test and its standard error share the sample's sd, so the power is
+    averaged over that sd's distribution.
+    """
+    if n < 2:
+        return float("nan")
+    df = n - 1
+    critical = stats.t.ppf(1 - alpha, df)
+    share = (np.arange(QUANTILES) + 0.5) / QUANTILES
+    sd = np.sqrt(stats.chi2.ppf(share, df) / df)
+    room = margin * np.sqrt(n) - critical * sd
+    inside = stats.norm.cdf(room) if one_sided else np.maximum(0.0, 2 * stats.norm.cdf(room) - 1)
+    return float(inside.mean())
+
+
+@cache
+def seeds_to_show(margin: float, *, one_sided: bool = False, alpha: float = ALPHA, power: float = POWER) -> int | None:
+    """Return the least number of pairs with which `equivalence` has this power; None over MOST."""
+    return _least(lambda n: equivalence(n, margin, one_sided=one_sided, alpha=alpha) >= power)
+
+
+@cache
+def seeds_to_find(effect: float, power: float = POWER) -> int | None:
+    """Return the least number of pairs that find an effect (in standard deviations) with this power; None over MOST."""
+    return _least(lambda n: detectable(n, paired=True, power=power) <= effect)
+
+
+def _least(enough: Callable[[int], bool]) -> int | None:
+    """Return the least n from 2 to MOST that is enough, by halving: more pairs are never worse."""
+    if not enough(MOST):
+        return None
+    low, high = 1, MOST
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
 
 
 def wilson(successes: ArrayLike, n: int, level: float = 0.95) -> tuple[Array, Array]:

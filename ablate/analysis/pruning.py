@@ -53,7 +53,7 @@ def pruning(tables: Tables, labels: dict[str, str], rng: np.random.Generator) ->
             if method != DEAD
         ]
         about += [{"of": arm, "threshold": share, "removed_frac": float(np.mean(removed[DEAD]))}] * len(removed)
-    found = findings(compared, runs, names, family="pruning", method="bh", rng=rng)
+    found = findings(compared, runs, names, family="pruning", method="bh", rng=rng, same_runs=True)
     once = [{"kind": "pruning", "run_ids": list(dict.fromkeys(f["run_ids"]))} for f in found]
     return [f | kept | more for f, kept, more in zip(found, once, about, strict=True)]
 

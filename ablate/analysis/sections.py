@@ -12,14 +12,11 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from ablate.analysis import contrasts, pareto, power
-from ablate.analysis.arms import DEAD_TARGET
+from ablate.analysis import contrasts, pareto, power, tails
 from ablate.analysis.frames import Tables
 from ablate.analysis.verdicts import Runs
-from ablate.config.endpoints import N_EFF, RESTORED, Endpoint
+from ablate.config.endpoints import N_EFF, Endpoint
 from ablate.kernels.spec import is_identity
-
-THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 def collapse(runs: Runs, order: list[str], endpoints: Iterable[str]) -> dict[str, Any]:
@@ -55,13 +52,13 @@ def _finite(x: Any) -> float | None:
     return float(x) if math.isfinite(x) else None
 
 
-def front(tables: Tables, frame: pl.DataFrame, rng: np.random.Generator) -> dict[str, Any] | None:
-    """Pareto front of the arms' means over quality and n_eff_frac; diverged runs count with the untrained model's quality.
+def front(tables: Tables, frame: pl.DataFrame, balance: Endpoint, rng: np.random.Generator) -> dict[str, Any] | None:
+    """Pareto front of the arms' means over quality and balance; diverged runs count with the untrained model's quality.
 
-    The reference corner of the hypervolume is fixed: n_eff_frac 0, and the quality of the untrained model.
+    The reference corner of the hypervolume is fixed: balance 0, and the quality of the untrained model.
     """
     quality = tables.study.quality
-    q, n_eff = quality.name, N_EFF.name
+    q, n_eff = quality.name, balance.name
     rows = frame.filter(pl.col(q).is_not_null() & pl.col(n_eff).is_not_null()).sort("arm", "seed")
     groups = {k[0]: g for k, g in rows.partition_by("arm", as_dict=True, maintain_order=True).items()}
     starts = tables.trials[quality.start].drop_nulls()
@@ -89,6 +86,7 @@ def front(tables: Tables, frame: pl.DataFrame, rng: np.random.Generator) -> dict
         for i, a in enumerate(names)
     ]
     return {
+        "balance": n_eff,
         "reference_point": {q: corner[0], n_eff: corner[1]},
         "hypervolume": found["hypervolume"],
         "interval": found["interval"],
@@ -139,7 +137,12 @@ def best_of(values: Any, quality: Endpoint) -> list[float]:
 
 
 def seeds_and_power(found: list[dict[str, Any]], margins: dict[str, float]) -> list[dict[str, Any]]:
-    """Per endpoint: what the design could see, from the median paired sd, and the seeds its margin would need."""
+    """Per endpoint: what the design could see, from the median paired sd, and the seeds that each question would need.
+
+    Three questions have three answers: to find a difference of the margin, to show arms equal within it, and to show one no
+    worse. On an endpoint with a heavy tail the last two are at the level of a 95% interval, and enough pairs to rule out that
+    late runs cost the margin are counted in.
+    """
     out = []
     for endpoint, margin in margins.items():
         rows = [f for f in found if f["endpoint"] == endpoint and f["sd"] and f["paired"] and f["kind"] == "contrast"]
@@ -147,7 +150,11 @@ def seeds_and_power(found: list[dict[str, Any]], margins: dict[str, float]) -> l
             continue
         sd = float(np.median([f["sd"] for f in rows]))
         n = int(np.median([f["n"] for f in rows]))
-        needed = next((k for k in range(2, 101) if power.detectable(k, paired=True) * sd <= margin), None)
+        tail = tails.heavy(endpoint) is not None
+        alpha = contrasts.ALPHA / 2 if tail else contrasts.ALPHA
+        unseen = tails.pairs_without_late_runs(endpoint, margin)
+        shown = [power.seeds_to_show(margin / sd, one_sided=side, alpha=alpha) for side in (False, True)]
+        equal, no_worse = (None if k is None else max(k, unseen) for k in shown)
         out.append(
             {
                 "endpoint": endpoint,
@@ -155,7 +162,9 @@ def seeds_and_power(found: list[dict[str, Any]], margins: dict[str, float]) -> l
                 "paired_sd": sd,
                 "n": n,
                 "detectable": power.detectable(n, paired=True) * sd,
-                "seeds_for_margin": needed,
+                "seeds_for_margin": power.seeds_to_find(margin / sd),
+                "seeds_to_match": equal,
+                "seeds_for_no_worse": no_worse,
                 "smallest_sign_flip_p": 2.0 ** (1 - n),
                 "comparisons": len(rows),
             }
@@ -210,57 +219,6 @@ def _config(text: str | None) -> dict[str, Any]:
     except json.JSONDecodeError:
         return {}
     return data if isinstance(data, dict) else {}
-
-
-def restored(tables: Tables, runs: Runs, frame: pl.DataFrame, reference: str | None) -> list[dict[str, Any]]:
-    """Per arm: is balance restored, criterion by criterion, and how the answer depends on the threshold.
-
-    Mean n_eff_frac at least the threshold, dead leaves at most 1% (unresolved where there were too few tokens), and
-    quality non-inferior to the reference arm: the one-sided 95% bound of the paired difference under the margin.
-    Informativeness
-    counts where it was measured.
-    """
-    out = []
-    q = tables.study.quality
-    for key, rows in (
-        frame.filter(pl.col("n_eff_frac").is_not_null()).partition_by("arm", as_dict=True, maintain_order=True).items()
-    ):
-        arm = key[0]
-        n_eff, dead = float(rows["n_eff_frac"].to_numpy().mean()), rows["dead_frac"].drop_nulls().to_numpy()
-        resolved = rows["dead_resolved"].drop_nulls().to_numpy()
-        dead_ok: bool | None = bool(dead.mean() <= DEAD_TARGET) if len(dead) else None
-        if len(resolved) and resolved.min() < 1:
-            dead_ok = None
-        bound, quality = None, None
-        if arm == reference:
-            quality = True
-        elif reference:
-            a, b = runs.values.get((arm, q.name), {}), runs.values.get((reference, q.name), {})
-            shared = sorted(a.keys() & b.keys())
-            if len(shared) >= 2:
-                e = contrasts.paired([q.sign * (a[s] - b[s]) for s in shared], level=0.90)
-                bound = float(e.high)
-                quality = bound < tables.study.margin
-        pair = rows["informativeness"].to_numpy(), rows["informativeness_shuffled"].to_numpy()
-        informative = bool(np.nanmean(pair[0]) > np.nanmean(pair[1])) if rows["informativeness"].count() else None
-        needed = [dead_ok, quality] + ([informative] if informative is not None else [])
-        base = None if any(v is None for v in needed) and all(v is not False for v in needed) else all(needed)
-        out.append(
-            {
-                "arm": arm,
-                "n_eff_frac": n_eff,
-                "n_eff_frac_worst": float(np.min(rows["n_eff_frac_worst"].drop_nulls().to_numpy(), initial=1.0)),
-                "dead_ok": dead_ok,
-                f"{q.name}_bound": bound,
-                f"{q.name}_ok": quality,
-                "informative": informative,
-                "at_threshold": {f"{t:g}": (False if n_eff < t else base) for t in THRESHOLDS},
-                "restored": False if n_eff < RESTORED else base,
-                "n": rows.height,
-                "run_ids": rows["run_id"].to_list(),
-            }
-        )
-    return sorted(out, key=lambda r: str(r["arm"]))
 
 
 def deviations(tables: Tables) -> list[str]:

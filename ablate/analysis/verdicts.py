@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import polars as pl
 
-from ablate.analysis import contrasts, power
-from ablate.analysis.contrasts import Claim, Estimate
-from ablate.config.endpoints import unit_of
+from ablate.analysis import contrasts, power, tails
+from ablate.analysis.contrasts import Claim
+from ablate.config.endpoints import ENDPOINTS, unit_of
 from ablate.results.columns import QA
 
 # Collapsed and other runs are two modes where Ashman's D is over 2 and no run lies within the gap, in bits_lost. The
-# gap
-# keeps a threshold that happens to cut one continuous cloud of few seeds from counting as two.
+# gap keeps a threshold that happens to cut one continuous cloud of few seeds from counting as two.
 MODES = 2.0
 GAP = 0.15
 
@@ -89,68 +89,43 @@ def findings(
     family: str,
     method: Literal["holm", "bh"],
     rng: np.random.Generator,
+    same_runs: bool = False,
 ) -> list[dict[str, Any]]:
     """Judge one family of comparisons; one record each, in order (docs/findings.md describes its fields).
 
     Paired where both arms share at least two seeds, else Welch; a comparison that cannot be tested keeps its place in
-    the
-    family with p = 1, so that a failure never makes the others easier to pass.
+    the family with p = 1, so that a failure never makes the others easier to pass. With `same_runs` both sides are the
+    same trained runs, so that none of them learnt later than its partner.
     """
+    if not comparisons:
+        return []
     m = len(comparisons)
-    columns = {f: np.full(m, np.nan) for f in ("effect", "se", "df", "low", "high", "p", "sd", "flip", "detectable")}
-    paired = np.zeros(m, dtype=bool)
-    samples: dict[tuple[bool, int, int], list[tuple[int, list[float], list[float]]]] = {}
-    used: list[tuple[list[int], list[int]]] = []
-    reasons: list[list[str]] = []
-    for i, c in enumerate(comparisons):
-        a, b = runs.values.get((c.arm, c.endpoint), {}), runs.values.get((c.reference, c.endpoint), {})
-        shared = sorted(a.keys() & b.keys())
-        reasons.append([text for text in (c.blocked, runs.modes(c.arm), runs.modes(c.reference)) if text])
-        both = len(shared) >= 2
-        used.append((shared, shared) if both else (sorted(a), sorted(b)))
-        paired[i] = both
-        if not both and min(len(a), len(b)) < 2:
-            reasons[i].append(f"{len(a)} and {len(b)} runs: an interval needs two a side")
-        elif runs.modes(c.arm) or runs.modes(c.reference):
-            pass
-        elif both:
-            samples.setdefault((True, len(shared), 0), []).append((i, [a[s] - b[s] for s in shared], []))
-        else:
-            samples.setdefault((False, len(a), len(b)), []).append((i, list(a.values()), list(b.values())))
-    for (both, n, k), group in samples.items():
-        where = [i for i, _, _ in group]
-        x = np.array([values for _, values, _ in group])
-        e = contrasts.paired(x) if both else contrasts.welch(x, np.array([values for _, _, values in group]))
-        for field in ("effect", "se", "df", "low", "high", "p", "sd"):
-            columns[field][where] = getattr(e, field)
-        columns["detectable"][where] = power.detectable(n if both else min(n, k), paired=both) * e.sd
+    columns = {f: np.full(m, np.nan) for f in ("effect", "low", "high", "sd", "p", "within", "beyond", "flip")}
+    detectable = np.full(m, np.nan)
+    taken = [_taken(c, runs, same_runs=same_runs) for c in comparisons]
+    for key in dict.fromkeys(t.group for t in taken if t.group):
+        where = [i for i, t in enumerate(taken) if t.group == key]
+        both, tail, n, k = key
+        margin = np.array([comparisons[i].margin for i in where])
+        x = np.array([taken[i].values for i in where])
         if both:
+            e = tails.locate(x, margin, tail=tail, cost=np.array([taken[i].cost for i in where]))
             columns["flip"][where] = contrasts.sign_flip(x, rng)
+        else:
+            e = tails.unpaired(x, np.array([taken[i].others for i in where]), margin)
+        for field in ("effect", "low", "high", "sd", "p", "within", "beyond"):
+            columns[field][where] = getattr(e, field)
+        detectable[where] = power.detectable(n if both else min(n, k), paired=both) * e.sd
     tested = ~np.isnan(columns["effect"])
-    # Untested places: no effect seen with an endless spread gives p = 1 to every test.
-    e = Estimate(
-        effect=np.where(tested, columns["effect"], 0.0),
-        se=np.where(tested, columns["se"], np.inf),
-        df=np.where(tested, columns["df"], 1.0),
-        low=columns["low"],
-        high=columns["high"],
-        p=np.where(tested, columns["p"], 1.0),
-        sd=columns["sd"],
-    )
-    judged = contrasts.judge(e, np.array([c.margin for c in comparisons]), [c.claim for c in comparisons], method)
+    # A place that could not be tested has p = 1 in every test.
+    usable = {
+        f: np.where(tested, columns[f], fill) for f, fill in (("effect", 0), ("p", 1), ("within", 1), ("beyond", 1))
+    }
+    judged = contrasts.judge(contrasts.Tests(**usable), [c.claim for c in comparisons], method)
     out = []
-    for i, c in enumerate(comparisons):
-        decided = tested[i] and not reasons[i]
-        verdict = (
-            "supported"
-            if decided and judged.supported[i]
-            else "refuted"
-            if decided and judged.refuted[i]
-            else "inconclusive"
-        )
-        seeds, other = used[i]
-        ids = [runs.run_ids[c.arm, s] for s in seeds] + [runs.run_ids[c.reference, s] for s in other]
-        below = bool(decided and judged.below_margin[i])
+    for i, (c, t) in enumerate(zip(comparisons, taken, strict=True)):
+        decided = tested[i] and not t.reasons
+        seeds, other = t.seeds
         record = {
             "id": f"{family}/{c.arm}/{c.reference}/{c.endpoint}",
             "family": family,
@@ -165,25 +140,102 @@ def findings(
             "unit": "score" if c.endpoint.startswith(QA) else unit_of(c.endpoint),
             "claim": c.claim,
             "margin": c.margin,
-            "verdict": verdict,
-            "below_margin": below,
-            "reasons": reasons[i],
+            "verdict": verdict(judged, i) if decided else "inconclusive",
+            "below_margin": bool(decided and judged.below_margin[i]),
+            "reasons": t.reasons,
+            "notes": t.notes if tested[i] else [],
             "effect": _value(columns["effect"][i]),
             "interval": [_value(columns["low"][i]), _value(columns["high"][i])] if tested[i] else None,
             "sd": _value(columns["sd"][i]),
+            **t.beside,
             "p": _value(judged.p[i]) if tested[i] else None,
             "p_adjusted": _value(judged.p_adjusted[i]) if tested[i] else None,
             "p_sign_flip": _value(columns["flip"][i]),
             "p_within_margin": _value(judged.p_within[i]) if tested[i] else None,
-            "detectable": _value(columns["detectable"][i]),
-            "n": len(seeds) if paired[i] else min(len(seeds), len(other)),
-            "paired": bool(paired[i]),
+            "detectable": _value(detectable[i]),
+            "n": len(seeds) if t.paired else min(len(seeds), len(other)),
+            "paired": t.paired,
             "seeds": sorted(set(seeds) | set(other)),
-            "run_ids": ids,
+            "run_ids": [runs.run_ids[c.arm, s] for s in seeds] + [runs.run_ids[c.reference, s] for s in other],
         }
         record["text"] = sentence(record)
         out.append(record)
     return out
+
+
+def verdict(judged: contrasts.Judged, i: int) -> str:
+    """Return the word for place i of a family."""
+    return "supported" if judged.supported[i] else "refuted" if judged.refuted[i] else "inconclusive"
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What one comparison takes from the runs."""
+
+    seeds: tuple[list[int], list[int]]
+    paired: bool
+    reasons: list[str]
+    notes: list[str]
+    beside: dict[str, Any]
+    group: tuple[bool, bool, int, int] | None = None
+    """Paired, heavy tail, and the numbers of values: comparisons of one group are computed together. None: untested."""
+    values: Sequence[float] = ()
+    others: Sequence[float] = ()
+    cost: float = 0.0
+
+
+def _taken(c: Comparison, runs: Runs, *, same_runs: bool) -> Taken:
+    a, b = runs.values.get((c.arm, c.endpoint), {}), runs.values.get((c.reference, c.endpoint), {})
+    shared = sorted(a.keys() & b.keys())
+    both = len(shared) >= 2
+    modes = [text for text in (runs.modes(c.arm), runs.modes(c.reference)) if text]
+    reasons = [c.blocked, *modes] if c.blocked else modes
+    seeds = (shared, shared) if both else (sorted(a), sorted(b))
+    if not both and min(len(a), len(b)) < 2:
+        reasons = [*reasons, f"{len(a)} and {len(b)} runs: an interval needs two a side"]
+        return Taken(seeds, both, reasons, [], tails.UNPAIRED)
+    if modes:
+        return Taken(seeds, both, reasons, [], tails.UNPAIRED)
+    remarks = collapsed(c, runs)
+    if not both:
+        remarks += tails.notes(c.endpoint, 0, c.margin, 0.0)
+        return Taken(
+            seeds, both, reasons, remarks, tails.UNPAIRED, (False, False, len(a), len(b)), [*a.values()], [*b.values()]
+        )
+    differences = {s: a[s] - b[s] for s in shared}
+    late, cost = ([], 0.0) if same_runs else late_runs(c, a, b, shared)
+    if not same_runs:
+        remarks += tails.notes(c.endpoint, len(shared), c.margin, cost)
+    tail = tails.heavy(c.endpoint) is not None and not same_runs
+    beside = tails.beside("" if same_runs else c.endpoint, differences, late)
+    group = (True, tail, len(shared), 0)
+    return Taken(seeds, both, reasons, remarks, beside, group, [*differences.values()], cost=cost)
+
+
+def late_runs(
+    c: Comparison, a: dict[int, float], b: dict[int, float], shared: list[int]
+) -> tuple[list[tuple[str, int]], float]:
+    """Return the outlying runs among the pairs, and what late runs alone could cost either side."""
+    sides = [(c.arm, a), (c.reference, b)]
+    late = [(arm, s) for arm, values in sides for s in tails.outlying(c.endpoint, values) if s in shared]
+    n = len(shared)
+    share = [sum(arm == name for name, _ in late) / n for arm, _ in sides]
+    ways = ((share[0], n, share[1], n), (share[1], n, share[0], n))
+    return late, max(float(tails.late_cost(c.endpoint, *way)) for way in ways)
+
+
+def collapsed(c: Comparison, runs: Runs) -> list[str]:
+    """Return, for a claim on balance, how many runs of each side collapsed and, by Wilson's interval, how many may."""
+    if c.endpoint not in ENDPOINTS or ENDPOINTS[c.endpoint].part != "balance":
+        return []
+    out = []
+    for side, arm in (("", c.arm), ("reference ", c.reference)):
+        flags = runs.collapsed.get(arm, {})
+        if flags:
+            hit = sum(flags.values())
+            high = float(power.wilson(hit, len(flags))[1])
+            out.append(f"{side}{hit} of {len(flags)} (at most {high:.0%})")
+    return [f"collapsed: {', '.join(out)}"] if out else []
 
 
 def _value(x: float) -> float | None:
@@ -203,4 +255,5 @@ def sentence(f: dict[str, Any]) -> str:
         return f"{claim}: {f['verdict']}."
     low, high = f["interval"]
     extra = ", real but within the margin" if f["below_margin"] else ""
-    return f"{claim}: {f['verdict']}{extra} ({f['effect']:+.4g}, 95% interval {low:+.4g} to {high:+.4g}, n {f['n']})."
+    mean = f", mean {f['mean']:+.4g}" if f["statistic"] == "pseudomedian" else ""
+    return f"{claim}: {f['verdict']}{extra} ({f['effect']:+.4g}, 95% interval {low:+.4g} to {high:+.4g}{mean}, n {f['n']})."

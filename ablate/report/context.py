@@ -11,6 +11,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from ablate.analysis import arms
+from ablate.analysis.families import drawn_balance
 from ablate.analysis.frames import Tables
 from ablate.config.endpoints import Endpoint
 from ablate.report.style import Styles, assign, assign_leading
@@ -56,6 +57,11 @@ class Context:
     def quality(self) -> Endpoint:
         """The endpoint that says how good a trained model is."""
         return self.tables.study.quality
+
+    @property
+    def balance(self) -> Endpoint:
+        """The balance that arms are drawn and ranked by."""
+        return drawn_balance(self.tables.study)
 
     @cached_property
     def order(self) -> list[str]:

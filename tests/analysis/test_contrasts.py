@@ -138,7 +138,7 @@ def test_identical_differences_have_no_spread_and_no_false_doubt() -> None:
 
 def verdict(differences: list[float], claim: Claim, margin: float = 0.01) -> str:
     e = contrasts.paired(np.array([differences]))
-    judged = contrasts.judge(e, np.array([margin]), [claim], "holm")
+    judged = contrasts.judge(contrasts.t_tests(e, np.array([margin])), [claim], "holm")
     below = " below margin" if judged.below_margin[0] else ""
     return ("supported" if judged.supported[0] else "refuted" if judged.refuted[0] else "inconclusive") + below
 
@@ -168,10 +168,10 @@ def test_verdicts(differences: list[float], claim: Claim, expected: str) -> None
 
 
 def test_a_family_is_harder_to_pass_than_one_test() -> None:
-    alone = contrasts.paired(np.array([[0.03, 0.04, 0.035]]))
-    assert contrasts.judge(alone, np.array([0.01]), ["differs"], "holm").supported[0]
+    alone = contrasts.t_tests(contrasts.paired(np.array([[0.03, 0.04, 0.035]])), np.array([0.01]))
+    assert contrasts.judge(alone, ["differs"], "holm").supported[0]
     rows = np.vstack([[0.03, 0.04, 0.035], RNG.normal(0, 1, (9, 3))])
-    many = contrasts.judge(contrasts.paired(rows), np.full(10, 0.01), ["differs"] * 10, "holm")
+    many = contrasts.judge(contrasts.t_tests(contrasts.paired(rows), np.full(10, 0.01)), ["differs"] * 10, "holm")
     assert not many.supported[0]
 
 

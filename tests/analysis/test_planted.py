@@ -46,7 +46,7 @@ def runs(rng: np.random.Generator, *shape: int, sd: float = 0.01) -> Any:
 def judge(d: Any, claim: Claim, method: Any = "holm", margin: float = 0.01) -> contrasts.Judged:
     """Verdicts of families of paired differences [studies, family, seeds]."""
     m = d.shape[1]
-    return contrasts.judge(contrasts.paired(d), np.full(m, margin), [claim] * m, method)
+    return contrasts.judge(contrasts.t_tests(contrasts.paired(d), np.full(m, margin)), [claim] * m, method)
 
 
 @pytest.mark.parametrize("studies", STUDIES)

@@ -209,15 +209,16 @@ def test_a_confirm_study_judges_its_contrasts_under_holm(tmp_path: Path) -> None
     arms: dict[str, dict[str, Any]] = {"centred": {"tree.routing": "centred"}, "even": {"tree.mirror": 1.0}}
     write_study(tmp_path, seeds=tuple(range(8)), arms=arms, contrasts=contrasts, diverged=False, tune=False, usage=0)
     data = json.loads(analyse("demo", tmp_path).read_text())
-    verdicts = [f["verdict"] for f in data["findings"] if f["family"] == "confirm"]
-    assert verdicts == ["supported", "supported", "refuted"]
+    verdicts = {f: [r["verdict"] for r in data["findings"] if r["family"] == f] for f in ("confirm", "cost")}
+    assert verdicts == {"confirm": ["supported"], "cost": ["supported", "refuted"]}
     assert [x["adjustment"] for x in data["families"] if x["family"] == "confirm"] == ["holm"]
     # Without the dense controls nobody knows whether the task can tell, so nothing "matches dense".
     trials = pl.read_parquet(tmp_path / "tables/demo/trials.parquet")
     trials.filter(pl.col("arm") != "dense_active").write_parquet(tmp_path / "tables/demo/trials.parquet")
     data = json.loads(analyse("demo", tmp_path).read_text())
-    last = [f for f in data["findings"] if f["family"] == "confirm"][-1]
+    last = [f for f in data["findings"] if f["family"] == "cost"][-1]
     assert last["verdict"] == "inconclusive"
+    assert "8 planned trials have no result yet" in last["reasons"][0], "no verdict before the study is over"
     assert "assay sensitivity" in last["reasons"][0]
 
 

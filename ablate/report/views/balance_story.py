@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ablate.config.endpoints import RESTORED
+from ablate.config.endpoints import DEPTH, RESTORED, most_lost
 from ablate.report.context import Context
 from ablate.report.parts import Table, View
 from ablate.report.tables import columns, needs
@@ -23,6 +23,8 @@ def balance_story(c: Context) -> View:
         "n_eff_frac_start": "n_eff_frac at step 0",
         "n_eff_frac_min": "at its worst",
         "n_eff_frac": "at the end",
+        "bits_lost": "bits lost at the end",
+        "n_eff_6": f"n_eff_frac of depth {DEPTH} for as many",
         "dead_frac_start": "dead leaves at step 0",
         "dead_frac_max": "dead at the worst",
         "dead_frac": "dead at the end",
@@ -33,7 +35,9 @@ def balance_story(c: Context) -> View:
         {"arm": a["label"], "n": a["n"], **{k: a[k]["mean"] if a[k] else None for k in keys}, "runs": a["run_ids"]}
         for a in records
     ]
-    head = columns(n=("n", "d"), **{k: (t, ".3f" if k.startswith("n_eff") else ".1%") for k, t in keys.items()})
+    head = columns(
+        n=("n", "d"), **{k: (t, ".3f" if k.startswith(("n_eff", "bits")) else ".1%") for k, t in keys.items()}
+    )
     view.tables.append(
         Table("balance_story", "Balance at birth, at its worst and at the end (means over seeds)", head, rows)
     )
@@ -46,35 +50,43 @@ def balance_story(c: Context) -> View:
 
 def _restored(c: Context) -> Table:
     """Return whether balance is restored, criterion by criterion, and at other thresholds."""
-    word = {True: "yes", False: "no", None: "not known"}
+    word = {True: "yes", False: "not shown", None: "not known"}
+    q = c.quality
     rows = [
         {
             "arm": c.labels[r["arm"]],
+            "bits_lost": r["bits_lost"],
+            "bits_lost_bound": r["bits_lost_bound"],
+            "n_eff_6": r["n_eff_6"],
             "n_eff_frac": r["n_eff_frac"],
             "worst": r["n_eff_frac_worst"],
             "dead": word[r["dead_ok"]],
-            c.quality.name: word[r[f"{c.quality.name}_ok"]],
+            "bound": r[f"{q.name}_bound"],
+            "p": r[f"{q.name}_p"],
+            q.name: word[r[f"{q.name}_ok"]],
             "restored": word[r["restored"]],
             "holds": ", ".join(t for t, v in r["at_threshold"].items() if v) or "none",
             "n": r["n"],
             "runs": r["run_ids"],
         }
-        for r in c.findings["restored"]
+        for r in sorted(c.findings["restored"], key=lambda r: r["bits_lost"])
     ]
-    quality = (
-        f"{c.quality.short} non-inferior",
-        "text",
-        "upper end of the one-sided 95% interval against the reference arm under the margin",
-    )
     head = columns(
         restored="restored",
-        n_eff_frac=("n_eff_frac", ".3f"),
+        bits_lost=("bits lost", ".4f"),
+        bits_lost_bound=("at most", ".4f", "upper end of the 95% interval"),
+        n_eff_6=(f"n_eff at depth {DEPTH}", ".3f", f"n_eff_frac of a tree of depth {DEPTH} that loses these bits"),
+        n_eff_frac=("n_eff_frac", ".3f", "does not compare between depths"),
         worst=("worst tree", ".3f"),
-        dead="dead leaves at most 1%",
-        **{c.quality.name: quality},
+        dead=("dead leaves at most 1%", "text", "by the upper end of the 95% interval"),
+        bound=(f"{q.short} bound", "+.4f", "upper end of the difference's interval, of ranks or mean, the worse"),
+        p=("adjusted p", ".3g", "of being worse by the margin, over the arms that meet the other criteria"),
+        **{q.name: (f"{q.short} no worse", "text", "than the reference arm by the margin")},
         holds="restored at thresholds",
     )
-    return Table("restored", f"Is balance restored? (n_eff_frac at least {RESTORED:g}, and both criteria)", head, rows)
+    most = most_lost(RESTORED)
+    title = f"Is balance restored? (bits lost at most {most:.4f}: {RESTORED:g} effective leaves at depth {DEPTH})"
+    return Table("restored", title, head, rows)
 
 
 def overall(records: list[dict[str, Any]]) -> str:

@@ -111,7 +111,7 @@ def _importance_figure(view: View, terms: list[dict[str, Any]]) -> None:
         for i, term in enumerate(order):
             for t in terms:
                 if tuple(t["term"]) == term and t["endpoint"] == endpoint:
-                    place = i + 0.16 - 0.32 * j if len(endpoints) > 1 else i
+                    place = i + 0.32 * ((len(endpoints) - 1) / 2 - j)
                     y.append(place)
                     x.append(t["omega2"])
                     low.append(max(0.0, t["omega2"] - t["interval"][0]) if t["interval"] else 0.0)
@@ -153,7 +153,7 @@ def _importance_figure(view: View, terms: list[dict[str, Any]]) -> None:
     ax.set_yticks(range(len(order)), names)
     ax.set_xlabel("partial ω² (share of variance it explains beside the rest), 95% seed bootstrap")
     ax.grid(axis="y", visible=False)
-    figure.legend(loc="outside upper center", ncols=2)
+    figure.legend(loc="outside upper center", ncols=len(endpoints))
     view.figures.append(("importance", "How much each factor and interaction explains", figure))
     layout = {
         "xaxis": {"title": {"text": "partial ω²"}},

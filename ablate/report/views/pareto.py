@@ -9,7 +9,7 @@ import polars as pl
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
-from ablate.config.endpoints import N_EFF, RESTORED
+from ablate.config.endpoints import RESTORED
 from ablate.report.context import Context
 from ablate.report.draw import ellipse, legend, mark, plain, plotly_mark, poor_end
 from ablate.report.parts import Table, View
@@ -27,8 +27,8 @@ def pareto(c: Context) -> View:
         view.missing = absent(c, f"No run with both {c.quality.short} and balance")
         return view
     q = c.quality
-    ended = c.outcomes.filter(pl.col(q.name).is_not_null() & pl.col(N_EFF.name).is_not_null())
-    runs = ended.select("arm", "seed", "trial", "run_id", "status", N_EFF.name, q.name).sort("arm", "seed")
+    ended = c.outcomes.filter(pl.col(q.name).is_not_null() & pl.col(c.balance.name).is_not_null())
+    runs = ended.select("arm", "seed", "trial", "run_id", "status", c.balance.name, q.name).sort("arm", "seed")
     view.data["pareto"] = runs
     rows = _rows(c, found["arms"])
     sure = [r["arm"] for r in rows if r["probability"] >= 0.5]
@@ -41,7 +41,7 @@ def pareto(c: Context) -> View:
     view.tables.append(_table(c, rows))
     point, (low, high) = found["reference_point"], found["interval"]
     view.reading.append(
-        f"Hypervolume over (n_eff_frac {point['n_eff_frac']:g}, {q.short} {point[q.name]:.3f}): {found['hypervolume']:.4f} "
+        f"Hypervolume over ({c.balance.name} {point[c.balance.name]:g}, {q.short} {point[q.name]:.3f}): {found['hypervolume']:.4f} "
         f"({low:.4f} to {high:.4f} over seed resamples)."
     )
     lost = sum(e["kept"] for e in c.findings["exclusions"])
@@ -56,7 +56,7 @@ def _rows(c: Context, arms: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row an arm, the surest member of the front first."""
     rows = [
         {"arm": c.labels[r["arm"]], "front": "yes" if r["on_front"] else "no", "runs": r["run_ids"]}
-        | {key: r[key] for key in (N_EFF.name, c.quality.name, "probability", "n")}
+        | {key: r[key] for key in (c.balance.name, c.quality.name, "probability", "n")}
         for r in arms
     ]
     return sorted(rows, key=lambda r: (-r["probability"], c.quality.sign * r[c.quality.name]))
@@ -64,7 +64,7 @@ def _rows(c: Context, arms: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _table(c: Context, rows: list[dict[str, Any]]) -> Table:
     resamples = "share of 1,000 seed resamples in which no other arm beats it on both"
-    measured = {e.name: (e.name, e.form) for e in (N_EFF, c.quality)}
+    measured = {e.name: (e.name, e.form) for e in (c.balance, c.quality)}
     head = columns(**measured, front="on the front", probability=("P(not beaten)", ".2f", resamples))
     return Table("pareto_front", "Who is beaten on both, and how sure that is", head, rows)
 
@@ -77,7 +77,7 @@ def _figure(c: Context, view: View, arms: list[dict[str, Any]], finished: pl.Dat
     quality = c.quality
     axes = {
         e.name: f"{e.label} ({side} is better"
-        for e, side in ((N_EFF, "right"), (quality, "down" if quality.better == "lower" else "up"))
+        for e, side in ((c.balance, "right"), (quality, "down" if quality.better == "lower" else "up"))
     }
     if not finished.is_empty():
         traces = _marks(c, ax, arms, finished, dots)
@@ -90,18 +90,18 @@ def _figure(c: Context, view: View, arms: list[dict[str, Any]], finished: pl.Dat
         ax.set_ylim(bottom - pad, top + pad)
         traces += _lines(c, ax)
         drawn = set(finished["arm"])
-        front = sorted((r for r in arms if r["on_front"] and r["arm"] in drawn), key=lambda r: r[N_EFF.name])
-        x, y = [r[N_EFF.name] for r in front], [r[quality.name] for r in front]
+        front = sorted((r for r in arms if r["on_front"] and r["arm"] in drawn), key=lambda r: r[c.balance.name])
+        x, y = [r[c.balance.name] for r in front], [r[quality.name] for r in front]
         ax.step(x, y, where="pre", color=MUTED, linewidth=0.9, zorder=1)
         ax.axvline(RESTORED, color=MUTED, linewidth=0.8, linestyle=":")
         layout = {
-            "xaxis": {"title": {"text": f"{axes[N_EFF.name]})"}, "range": [0, 1.02]},
+            "xaxis": {"title": {"text": f"{axes[c.balance.name]})"}, "range": [0, 1.02]},
             "yaxis": {"title": {"text": f"{axes[quality.name]})"}, "range": [bottom - pad, top + pad]},
             "height": 560,
         }
         view.plots.append(("pareto", {"data": traces, "layout": layout}))
     ax.set_xlim(0, 1.02)
-    ax.set_xlabel(f"{axes[N_EFF.name]}; dotted: {RESTORED:g})")
+    ax.set_xlabel(f"{axes[c.balance.name]}; dotted: {RESTORED:g})")
     ax.set_ylabel(f"{axes[quality.name]})")
     legend(figure, c.styles, columns=3, controls=False)  # lines, named where they are drawn
     what = (
@@ -130,7 +130,7 @@ def _marks(
     shown = [a for a in c.order if a in groups and (dots or len(groups) <= 400 or a in front or a in c.shown)]
     traces = []
     for arm in shown:
-        x, y, style = groups[arm][N_EFF.name].to_list(), groups[arm][c.quality.name].to_list(), c.styles.arms[arm]
+        x, y, style = groups[arm][c.balance.name].to_list(), groups[arm][c.quality.name].to_list(), c.styles.arms[arm]
         if dots:
             ax.plot(x, y, linestyle="none", markersize=4.5, alpha=0.8, **mark(style))
         ax.plot(np.mean(x), np.mean(y), linestyle="none", markersize=9 if dots else 4, **mark(style))
@@ -163,7 +163,7 @@ def _lines(c: Context, ax: Axes) -> list[dict[str, Any]]:
 
 def _dots(c: Context, group: pl.DataFrame, label: str, style: ArmStyle, dots: bool, named: bool) -> dict[str, Any]:
     """One arm's plotly trace: every seed where they are drawn, and the mean, larger."""
-    x, y = group[N_EFF.name].to_list(), group[c.quality.name].to_list()
+    x, y = group[c.balance.name].to_list(), group[c.quality.name].to_list()
     text = [f"seed {s}, run {i[:8]}" for s, i in zip(group["seed"], group["run_id"], strict=True)] if dots else []
     many = len(x) if dots else 0
     marker = plotly_mark(style) | {"size": [8] * many + [13]}
@@ -176,7 +176,7 @@ def _dots(c: Context, group: pl.DataFrame, label: str, style: ArmStyle, dots: bo
         "text": [*text, f"mean of {len(x)}"],
         "marker": marker,
         "showlegend": named,
-        "hovertemplate": f"%{{text}}<br>{N_EFF.short} %{{x:{N_EFF.form}}}, {c.quality.short} %{{y:{c.quality.form}}}<extra>"
+        "hovertemplate": f"%{{text}}<br>{c.balance.short} %{{x:{c.balance.form}}}, {c.quality.short} %{{y:{c.quality.form}}}<extra>"
         + plain(label)
         + "</extra>",
     }

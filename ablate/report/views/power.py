@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 
-from ablate.config.endpoints import N_EFF
+from ablate.analysis.power import MOST
 from ablate.report.context import Context
 from ablate.report.draw import few_ticks, mark, wrap
 from ablate.report.parts import Table, View
@@ -23,10 +23,14 @@ def power(c: Context) -> View:
         return view
     _seeds(c, view)
     for p in c.findings["power"]:
-        need = f"{p['seeds_for_margin']} paired seeds" if p["seeds_for_margin"] else "over 100 paired seeds"
+        find, match, worse = (
+            f"{p[k]:,}" if p[k] else f"over {MOST:,}"
+            for k in ("seeds_for_margin", "seeds_to_match", "seeds_for_no_worse")
+        )
         view.reading.append(
-            f"{p['endpoint']}: paired sd {p['paired_sd']:.4g}; {p['n']} seeds find {p['detectable']:.4g} with 80% power, the margin "
-            f"of {p['margin']:g} needs {need}. An exact sign-flip p cannot be under {p['smallest_sign_flip_p']:.3g} here."
+            f"{p['endpoint']}: paired sd {p['paired_sd']:.4g}; {p['n']} seeds find {p['detectable']:.4g} with 80% power. Paired seeds "
+            f"for the margin of {p['margin']:.3g}, unadjusted: {find} to find a difference as large, {match} to show equal arms equal "
+            f"within it, {worse} to show one no worse. An exact sign-flip p cannot be under {p['smallest_sign_flip_p']:.3g} here."
         )
     _collapse(c, view)
     _twins(c, view)
@@ -48,7 +52,7 @@ def _seeds(c: Context, view: View) -> None:
     left, right = figure.subplots(1, 2, sharey=True)
     for i, arm in enumerate(arms[::-1]):
         rows = frame.filter(pl.col("arm") == arm).sort("seed")
-        for ax, key in ((left, c.quality.name), (right, N_EFF.name)):
+        for ax, key in ((left, c.quality.name), (right, c.balance.name)):
             x = rows[key].drop_nulls().to_list()
             look = {"markersize": 5, "alpha": 0.3 if many else 0.85, "rasterized": many}
             ax.plot(x, [i] * len(x), linestyle="none", **look, **mark(c.styles.arms[arm]))
@@ -56,10 +60,12 @@ def _seeds(c: Context, view: View) -> None:
                 ax.plot([np.mean(x)] * 2, [i - 0.3, i + 0.3], color=MUTED, linewidth=1.4)
     left.set_yticks(range(len(arms)), [wrap(c.labels[a], 40) for a in arms[::-1]])
     left.set_xlabel(c.quality.label)
-    right.set_xlabel(N_EFF.label)
+    right.set_xlabel(c.balance.label)
     few_ticks(left, right)
     view.figures.append(("seeds", "Every seed a dot, bars are means", figure))
-    view.data["seeds"] = frame.select("arm", "seed", "trial", "run_id", c.quality.name, N_EFF.name).sort("arm", "seed")
+    view.data["seeds"] = frame.select("arm", "seed", "trial", "run_id", c.quality.name, c.balance.name).sort(
+        "arm", "seed"
+    )
 
 
 def _twins(c: Context, view: View) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from ablate.config.endpoints import N_EFF, label_of
+from ablate.analysis.families import judged
+from ablate.config.endpoints import label_of
 from ablate.report.context import Context
 from ablate.report.draw import versus, zero
 from ablate.report.parts import Table, View
@@ -35,10 +36,21 @@ def verdicts(c: Context) -> View:
         against="against",
         endpoint="endpoint",
         verdict="verdict",
-        effect=("effect", "+.4f", "mean difference; seeds are the unit"),
+        effect=(
+            "effect",
+            "+.4f",
+            "what the verdict rests on: typical difference (pseudomedian) of bpb from 8 pairs on, else the mean",
+        ),
         low=("95% from", "+.4f"),
         high=("to", "+.4f"),
-        p_adjusted=("adjusted p", ".3g", "adjusted over the family: Holm in confirm, Benjamini-Hochberg elsewhere"),
+        mean=("mean", "+.4f", "of the paired differences"),
+        median=("median", "+.4f"),
+        trimmed_mean=("trimmed mean", "+.4f", "without a fifth of the differences at each end"),
+        p_adjusted=(
+            "adjusted p",
+            ".3g",
+            "adjusted over the family: Holm for named claims, Benjamini-Hochberg elsewhere",
+        ),
         p_sign_flip=("sign-flip p", ".3g", "exact, unadjusted"),
         detectable=("detectable", ".3g", "smallest effect this comparison finds with 80% power"),
         n=("n", "d"),
@@ -48,7 +60,7 @@ def verdicts(c: Context) -> View:
         runs=("runs", "runs"),
     )
     view.tables.append(Table("verdicts", "All comparisons, supported first", head, rows))
-    for endpoint in (c.quality.name, N_EFF.name):
+    for endpoint in judged(c.tables.study):
         shown = sorted((f for f in main if f["endpoint"] == endpoint and f["effect"] is not None), key=_importance)
         if shown:
             _forest(view, endpoint, shown)
@@ -57,12 +69,12 @@ def verdicts(c: Context) -> View:
 
 def _importance(f: dict[str, Any]) -> tuple[Any, ...]:
     rank = {"supported": 0, "refuted": 1, "inconclusive": 2}[f["verdict"]]
-    first = {"confirm": 0, "factors": 1, "arms": 2, "dense": 3}.get(f["family"], 4)
+    first = {"confirm": 0, "bits": 0, "cost": 0, "factors": 1, "arms": 2, "dense": 3}.get(f["family"], 4)
     return first > 0, rank, first, -abs(f["effect"] or 0.0) / f["margin"], f["id"]
 
 
 def _row(f: dict[str, Any]) -> dict[str, Any]:
-    remarks = list(f["reasons"])
+    remarks = [*f["reasons"], *f["notes"], *([_outlying(f)] if f["outlying"] else [])]
     if f["below_margin"]:
         remarks.insert(0, f"real, but within the margin of {f['margin']:g}")
     kept = f.get("finished_only")
@@ -78,6 +90,9 @@ def _row(f: dict[str, Any]) -> dict[str, Any]:
         "effect": f["effect"],
         "low": low,
         "high": high,
+        "mean": f["mean"],
+        "median": f["median"],
+        "trimmed_mean": f["trimmed_mean"],
         "p_adjusted": f["p_adjusted"],
         "p_sign_flip": f["p_sign_flip"],
         "detectable": f["detectable"],
@@ -87,6 +102,16 @@ def _row(f: dict[str, Any]) -> dict[str, Any]:
         "family": f["family"],
         "runs": f["run_ids"],
     }
+
+
+def _outlying(f: dict[str, Any]) -> str:
+    """Name the outlying runs of a comparison and say what is left without their seeds."""
+    runs = ", ".join(f"{r['arm']} {r['seed']}" for r in f["outlying"])
+    left = f["without_outlying"]
+    value = "untestable"
+    if left["effect"] is not None:
+        value = f"{left['effect']:+.4f} ({left['interval'][0]:+.4f} to {left['interval'][1]:+.4f})"
+    return f"outlying: {runs}; without: {value}, n {left['n']}"
 
 
 def _summary(c: Context) -> list[str]:
