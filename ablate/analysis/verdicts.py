@@ -122,45 +122,53 @@ def findings(
         f: np.where(tested, columns[f], fill) for f, fill in (("effect", 0), ("p", 1), ("within", 1), ("beyond", 1))
     }
     judged = contrasts.judge(contrasts.Tests(**usable), [c.claim for c in comparisons], method)
+    columns |= {"p": judged.p, "p_adjusted": judged.p_adjusted, "p_within": judged.p_within, "detectable": detectable}
     out = []
     for i, (c, t) in enumerate(zip(comparisons, taken, strict=True)):
-        decided = tested[i] and not t.reasons
-        seeds, other = t.seeds
-        record = {
-            "id": f"{family}/{c.arm}/{c.reference}/{c.endpoint}",
-            "family": family,
-            "family_size": m,
-            "adjustment": method,
-            "kind": "contrast",
-            "arm": c.arm,
-            "arm_label": labels.get(c.arm, c.arm),
-            "reference": c.reference,
-            "reference_label": labels.get(c.reference, c.reference),
-            "endpoint": c.endpoint,
-            "unit": "score" if c.endpoint.startswith(QA) else unit_of(c.endpoint),
-            "claim": c.claim,
-            "margin": c.margin,
-            "verdict": verdict(judged, i) if decided else "inconclusive",
-            "below_margin": bool(decided and judged.below_margin[i]),
-            "reasons": t.reasons,
-            "notes": t.notes if tested[i] else [],
-            "effect": _value(columns["effect"][i]),
-            "interval": [_value(columns["low"][i]), _value(columns["high"][i])] if tested[i] else None,
-            "sd": _value(columns["sd"][i]),
-            **t.beside,
-            "p": _value(judged.p[i]) if tested[i] else None,
-            "p_adjusted": _value(judged.p_adjusted[i]) if tested[i] else None,
-            "p_sign_flip": _value(columns["flip"][i]),
-            "p_within_margin": _value(judged.p_within[i]) if tested[i] else None,
-            "detectable": _value(detectable[i]),
-            "n": len(seeds) if t.paired else min(len(seeds), len(other)),
-            "paired": t.paired,
-            "seeds": sorted(set(seeds) | set(other)),
-            "run_ids": [runs.run_ids[c.arm, s] for s in seeds] + [runs.run_ids[c.reference, s] for s in other],
-        }
-        record["text"] = sentence(record)
-        out.append(record)
+        numbers = {k: _value(column[i]) if tested[i] else None for k, column in columns.items()}
+        word = verdict(judged, i) if tested[i] and not t.reasons else "inconclusive"
+        below = word == "supported" and bool(judged.below_margin[i])
+        record = {"id": f"{family}/{c.arm}/{c.reference}/{c.endpoint}", "family": family, "family_size": m}
+        record |= {"adjustment": method} | _record(c, t, runs, labels) | {"verdict": word, "below_margin": below}
+        record |= {key: numbers[name] for key, name in NUMBERS.items()}
+        record["interval"] = [numbers["low"], numbers["high"]] if tested[i] else None
+        record["notes"] = t.notes if tested[i] else []
+        out.append(record | {"text": sentence(record)})
     return out
+
+
+NUMBERS = {
+    "effect": "effect",
+    "sd": "sd",
+    "p": "p",
+    "p_adjusted": "p_adjusted",
+    "p_sign_flip": "flip",
+    "p_within_margin": "p_within",
+    "detectable": "detectable",
+}
+"""Fields of a finding, and the computed columns they are read from."""
+
+
+def _record(c: Comparison, t: Taken, runs: Runs, labels: dict[str, str]) -> dict[str, Any]:
+    """Return the fields of a finding that need no test."""
+    seeds, other = t.seeds
+    return {
+        "kind": "contrast",
+        "arm": c.arm,
+        "arm_label": labels.get(c.arm, c.arm),
+        "reference": c.reference,
+        "reference_label": labels.get(c.reference, c.reference),
+        "endpoint": c.endpoint,
+        "unit": "score" if c.endpoint.startswith(QA) else unit_of(c.endpoint),
+        "claim": c.claim,
+        "margin": c.margin,
+        "reasons": t.reasons,
+        **t.beside,
+        "n": len(seeds) if t.paired else min(len(seeds), len(other)),
+        "paired": t.paired,
+        "seeds": sorted(set(seeds) | set(other)),
+        "run_ids": [runs.run_ids[c.arm, s] for s in seeds] + [runs.run_ids[c.reference, s] for s in other],
+    }
 
 
 def verdict(judged: contrasts.Judged, i: int) -> str:
