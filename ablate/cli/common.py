@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 
-from ablate.config import ConfigError, load_study
+from ablate.config import ConfigError, load_study, one_line
 
 app = typer.Typer(
     name="ablate",
@@ -48,7 +48,7 @@ def main() -> NoReturn:
     try:
         app()
     except ConfigError as error:
-        print(f"ablate: {error}", file=sys.stderr)
+        print(f"ablate: {one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
     sys.exit(0)
 

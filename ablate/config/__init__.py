@@ -1,6 +1,6 @@
 """Settings of a trial and of a study, checked before anything is trained or overwritten."""
 
-from ablate.config.errors import ConfigError, echo, reason
+from ablate.config.errors import ConfigError, echo, one_line, reason
 from ablate.config.presets import PRESETS, Preset
 from ablate.config.reading import load_study
 from ablate.config.search import Finalists, Sampler
@@ -37,6 +37,7 @@ __all__ = [
     "echo",
     "integer_field",
     "load_study",
+    "one_line",
     "parse",
     "reason",
 ]

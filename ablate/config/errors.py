@@ -19,7 +19,12 @@ def echo(value: Any) -> str:
 def reason(error: BaseException) -> str:
     """Return an error's first line, or its type where it has no text."""
     text = getattr(error, "strerror", None) or str(error)
-    return next(iter(text.splitlines()), "") or type(error).__name__
+    return one_line(next(iter(text.splitlines()), "")) or type(error).__name__
+
+
+def one_line(text: str) -> str:
+    """Return a text with everything that a terminal would not print as it is (line ends, colours) written as Python does."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class _Echo(reprlib.Repr):

@@ -10,9 +10,10 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from ablate.config import ConfigError
+from ablate.config import ConfigError, reason
+from ablate.config.text import load_json, read_text
 
 Ids = npt.NDArray[np.uint32]
 
@@ -21,6 +22,10 @@ END = "<|end|>"
 KNOWN_ENDS = (END, "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 """Marks looked for in a tokenizer file; where it has none, END is added to it."""
 LARGEST_ID = 2**31 - 2
+LARGEST_FILE = 256 * 1024 * 1024
+"""Bytes of a tokenizer.json."""
+LONGEST_WORD = 1024
+"""Bytes at which a word is cut while a tokenizer is trained; a word is a run of letters, digits, signs or blanks."""
 
 
 class Codec(Protocol):
@@ -77,6 +82,8 @@ class BytePairCodec:
             raise ConfigError(f"{where} has a normalizer, which changes text before it is counted: remove it")
         if max(vocab.values()) > LARGEST_ID:
             raise ConfigError(f"{where} has token id {max(vocab.values())}: ids up to {LARGEST_ID} fit a vocabulary")
+        if getattr(tokenizer.model, "dropout", None):
+            tokenizer.model.dropout = None  # BPE-dropout (arXiv 1910.13267) gives one text other tokens each time
         tokenizer.no_truncation()
         tokenizer.no_padding()
         if not any(mark in vocab for mark in KNOWN_ENDS):
@@ -120,7 +127,10 @@ def train(texts: Iterator[list[str]], vocab_size: int) -> BytePairCodec:
     (no pair left to merge) gives fewer: the codec's vocab_size is the one that counts.
     """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # Training takes time by the square of a word's length, and a file may be one word: of DNA, base64 or padding.
+    cut = pre_tokenizers.Split(Regex(rf"[\s\S]{{1,{LONGEST_WORD}}}"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, cut])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -129,6 +139,7 @@ def train(texts: Iterator[list[str]], vocab_size: int) -> BytePairCodec:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.pre_tokenizer = words
     return BytePairCodec(tokenizer, "the trained tokenizer")
 
 
@@ -136,10 +147,13 @@ def from_file(path: Path) -> BytePairCodec:
     """A tokenizer.json of the `tokenizers` library. Raises ConfigError."""
     where = f"corpus.tokenizer_file {str(path)!r}"
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise ConfigError(f"{where} cannot be read: {reason}; a tokenizer.json is expected") from None
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{where} cannot be read: it is no file; a tokenizer.json is expected")
+        text = read_text(path, where, LARGEST_FILE)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{where} cannot be read: {reason(error)}; a tokenizer.json is expected") from None
     return from_content(text, where)
 
 
@@ -149,8 +163,7 @@ def from_content(text: str, where: str) -> BytePairCodec:
     try:
         tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # the library raises nothing narrower
-        reason = next(iter(str(error).splitlines()), "no reason given")
-        raise ConfigError(f"{where} is not a tokenizer of the `tokenizers` library: {reason}") from None
+        raise ConfigError(f"{where} is not a tokenizer of the `tokenizers` library: {reason(error)}") from None
     return BytePairCodec(tokenizer, where)
 
 
@@ -161,10 +174,7 @@ def content_hash(codec: Codec) -> str:
 
 def _check_ids(text: str, where: str) -> None:
     """Ids are 32-bit in the library, where too large a one is only 'not valid': say which."""
-    try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{where} is not JSON: {error.msg} at line {error.lineno}") from None
+    data = load_json(text, where)
     model = data.get("model") if isinstance(data, dict) else None
     vocab = model.get("vocab") if isinstance(model, dict) else None
     ids = [i for i in vocab.values() if isinstance(i, int)] if isinstance(vocab, dict) else []

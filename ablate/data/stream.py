@@ -7,7 +7,6 @@ windows): it goes into checkpoints, and from it the stream goes on with exactly 
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 from collections import deque
@@ -21,9 +20,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from ablate.config import ConfigError, Corpus, Section, digest
+from ablate.config import ConfigError, Corpus, Section, digest, reason
 from ablate.data import corpora
 from ablate.data.codec import Codec, content_hash
+from ablate.data.local_files import find_files, kind_of, text_of
 from ablate.data.module import TokenData
 from ablate.data.tokens import Prepared, split_of
 from ablate.data.windows import Batch
@@ -33,6 +33,9 @@ ENCODED_AT_ONCE = 64
 """Documents tokenized in one call."""
 KEPT_POSITIONS = 16
 """Positions remembered behind the newest one: a trainer fetches batches ahead of the steps that use them."""
+
+READER = 2
+"""Raised when positions in local files are counted in another way, so that an old checkpoint's are refused."""
 
 
 class Position(Section):
@@ -54,36 +57,30 @@ class Position(Section):
 def open_stream(corpus: Corpus, cache: Path) -> Any:
     """A corpus as a `datasets.IterableDataset` whose state can be saved; nothing is kept on disk.
 
-    Sources: the Hub, and local .jsonl or .parquet files (each file is a shard). Raises ConfigError for other sources,
-    which are small enough to be prepared, and for what is missing or unreachable.
+    Sources: the Hub, and local .jsonl or .parquet files (each is a shard), read as `prepare` reads them.
+
+    Raises:
+        ConfigError: for other sources, which are small enough to be prepared; for what is missing or unreachable.
     """
     from datasets import load_dataset  # type: ignore[import-untyped]
 
     if corpus.source == "stdlib":
         raise ConfigError("corpus.source is 'stdlib': streaming takes 'hub', or 'files' of .jsonl or .parquet")
-    if corpus.source == "hub":
-        arguments = {**corpora.hub_arguments(corpus, cache), "streaming": True}
+    with corpora.private_datasets(cache):
+        if corpus.source == "files":
+            files = find_files(corpus)
+            kinds = {str(kind_of(path)) for _, path in files}
+            if not kinds <= {".jsonl", ".parquet"}:
+                raise ConfigError(
+                    f"corpus.path is {corpus.path!r}: streaming takes .jsonl or .parquet, not {sorted(kinds)}"
+                )
+            return corpora.local_rows(files, corpus.text_field)
         if corpus.preset and not corpus.name and corpora.HUB_PRESETS[corpus.preset].articles:
             raise ConfigError(f"corpus.preset is {corpus.preset!r}: its rows are lines of articles; prepare it instead")
-    else:
-        files = [path for _, path in corpora.find_files(corpus)]
-        kinds = {path.suffix for path in files}
-        if kinds not in ({".jsonl"}, {".parquet"}):
-            raise ConfigError(
-                f"corpus.path is {corpus.path!r}: streaming takes .jsonl or .parquet, not {sorted(kinds)}"
-            )
-        arguments = {
-            "path": "json" if kinds == {".jsonl"} else "parquet",
-            "data_files": [glob.escape(str(path.resolve())) for path in files],
-            "split": "train",
-            "streaming": True,
-        }
-    with corpora.private_datasets(cache):
         try:
-            return load_dataset(**arguments)
+            return load_dataset(**{**corpora.hub_arguments(corpus, cache), "streaming": True})
         except (OSError, ValueError, RuntimeError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise ConfigError(f"corpus cannot be streamed: {reason}") from None
+            raise ConfigError(f"corpus cannot be streamed: {reason(error)}") from None
 
 
 class TokenStream:
@@ -118,7 +115,8 @@ class TokenStream:
         source = open_stream(corpus, cache)
         self._source = split_dataset_by_node(source, rank=rank, world_size=world_size)
         settings = corpus.model_dump(mode="json", exclude={"path", "tokenizer_file"})
-        self.key = digest([settings, content_hash(codec), context, seed, shuffle, rank, world_size])
+        reader = READER if corpus.source == "files" else 1
+        self.key = digest([reader, settings, content_hash(codec), context, seed, shuffle, rank, world_size])
 
     def start(self) -> Position:
         """The position before the first window."""
@@ -183,10 +181,11 @@ class TokenStream:
                 if row is None:
                     break
                 state = json.loads(json.dumps(self._source.state_dict()))
-                if not self._wanted(row):
+                text = self._text(row)
+                if not self._wanted(text):
                     continue
                 found, skip = True, 0
-                texts.append(row[self.corpus.text_field])
+                texts.append(text)
                 before.append(here)
                 if len(texts) == ENCODED_AT_ONCE:
                     yield from self._with_ends(texts, before)
@@ -197,12 +196,13 @@ class TokenStream:
             texts, before = [], []
             epoch, state, skip = epoch + 1, None, 0
 
-    def _wanted(self, row: dict[str, Any]) -> bool:
-        """Whether a row is a training document."""
-        text = row.get(self.corpus.text_field)
-        if not isinstance(text, str):
-            has = ", ".join(k for k, v in row.items() if isinstance(v, str)) or "none"
-            raise ConfigError(f"corpus.text_field is {self.corpus.text_field!r}: no text there; fields of text: {has}")
+    def _text(self, row: dict[str, Any]) -> str:
+        if self.corpus.source == "files":  # the reader's rows have no other fields
+            return str(row["text"])
+        return text_of(row, self.corpus.text_field, "corpus: a row of the stream")
+
+    def _wanted(self, text: str) -> bool:
+        """Whether a text is a training document."""
         return bool(text.strip()) and split_of(hashlib.sha256(text.encode()).digest(), self.corpus) == "train"
 
     def _with_ends(self, texts: list[str], before: list[Position]) -> Iterator[tuple[npt.NDArray[np.int64], Position]]:

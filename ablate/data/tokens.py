@@ -29,6 +29,7 @@ from filelock import FileLock
 from ablate.config import ConfigError, Corpus, digest
 from ablate.data import codec as codecs
 from ablate.data import corpora
+from ablate.data.local_files import expanded
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -168,7 +169,7 @@ def corpus_key(corpus: Corpus, root: Path) -> str:
     settings = corpus.model_dump(mode="json", exclude=unused)
     state: dict[str, Any] = {"format": FORMAT, "corpus": settings, **corpora.identity(corpus, root)}
     if corpus.tokenizer_file:
-        state["tokenizer"] = codecs.content_hash(codecs.from_file(Path(corpus.tokenizer_file).expanduser()))
+        state["tokenizer"] = codecs.content_hash(codecs.from_file(expanded(corpus.tokenizer_file)))
     return digest(state)
 
 
@@ -264,13 +265,7 @@ def _collect(corpus: Corpus, cache: Path, work: Path, progress: Progress) -> _Co
         if not document.text.strip():
             found.empty += 1
             continue
-        try:
-            text = document.text.encode()
-        except UnicodeEncodeError as error:
-            raise ConfigError(
-                f"corpus: document {document.name!r} is not text: "
-                f"a lone surrogate U+{ord(document.text[error.start]):04X} in it"
-            ) from None
+        text = document.text.encode()
         content = hashlib.sha256(text).digest()
         if content[:16] in seen:
             found.duplicates += 1
@@ -307,7 +302,7 @@ def _codec(corpus: Corpus, collected: _Collected, progress: Progress) -> codecs.
     if corpus.tokenizer == "bytes":
         return codecs.ByteCodec()
     if corpus.tokenizer_file:
-        return codecs.from_file(Path(corpus.tokenizer_file).expanduser())
+        return codecs.from_file(expanded(corpus.tokenizer_file))
 
     def train_texts() -> Iterator[list[str]]:
         done, total = 0, collected.bytes["train"]

@@ -13,7 +13,7 @@ import polars as pl
 import pytest
 
 from ablate.config import ConfigError, Corpus
-from ablate.data import corpora
+from ablate.data import corpora, local_files
 from ablate.data.corpora import Document
 
 
@@ -124,13 +124,13 @@ def test_one_long_text_file_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path: 
     assert "".join(d.text for d in found) == text
     assert [d.name for d in found] == [f"play.txt#{i}" for i in range(len(found))]
     assert len(found) > 50
-    assert all(len(d.text) >= corpora.PASSAGE and d.text.endswith("\n\n") for d in found[:-1])
+    assert all(len(d.text) >= local_files.PASSAGE and d.text.endswith("\n\n") for d in found[:-1])
 
 
 def test_one_endless_line_is_cut_by_length(tmp_path: Path) -> None:
-    (tmp_path / "line.txt").write_text("ab" * corpora.LONGEST_LINE)
+    (tmp_path / "line.txt").write_text("ab" * local_files.LONGEST_LINE)
     found = read(tmp_path / "cache", source="files", path=str(tmp_path / "line.txt"))
-    assert [len(d.text) for d in found] == [corpora.LONGEST_LINE] * 2
+    assert [len(d.text) for d in found] == [local_files.LONGEST_LINE] * 2
 
 
 @pytest.mark.parametrize(
@@ -158,8 +158,8 @@ def test_missing_files(tmp_path: Path, path: str, message: str) -> None:
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
         ("a.jsonl", b'{"text": "a"}\n["b"]\n', "line 2 is a list: an object with 'text' is expected"),
         ("a.jsonl", b'{"body": "a", "n": 1}\n', "corpus.text_field is 'text': not among its fields body, n"),
-        ("a.jsonl", b'{"text": null}\n', "holds NoneType: text is expected"),
-        ("a.jsonl", b"\xff\n", "is not text in UTF-8"),
+        ("a.jsonl", b'{"text": 1}\n', "holds int: text is expected"),
+        ("a.jsonl", b"\xff\n", "is not text in UTF-8: byte 0xff in line 1"),
         ("a.parquet", b"not a parquet file", "is not a parquet file"),
     ],
 )
@@ -173,7 +173,7 @@ def test_unreadable_content_names_the_file(tmp_path: Path, name: str, content: b
 def test_parquet_column_must_exist_and_be_text(tmp_path: Path) -> None:
     pl.DataFrame({"text": [1], "body": ["a"]}).write_parquet(tmp_path / "a.parquet")
     path = str(tmp_path)
-    assert "Int64 there" in fails(tmp_path / "cache", source="files", path=path)
+    assert "int64 there" in fails(tmp_path / "cache", source="files", path=path)
     told = fails(tmp_path / "cache", source="files", path=path, text_field="txt")
     assert "'txt': no such column" in told
     assert "columns of text: body" in told

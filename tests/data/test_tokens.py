@@ -398,9 +398,9 @@ def test_tokenizers_that_are_not_byte_level_missing_or_no_json(write: Write, tmp
     cases = {
         "words.json": "is not byte-level: bits per byte needs the bytes behind every token",
         "broken.json": "is not JSON",
-        "binary.json": "cannot be read: it is not text",
+        "binary.json": "is not text in UTF-8: byte 0xff at line 1",
         "nosuch.json": "cannot be read: No such file or directory",
-        ".": "cannot be read: Is a directory",
+        ".": "cannot be read: it is no file",
     }
     for name, message in cases.items():
         path = str(tmp_path / name)
@@ -426,7 +426,7 @@ def test_empty_and_too_small_corpora(write: Write, tmp_path: Path) -> None:
 def test_a_lone_surrogate_is_not_text(write: Write, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a \\ud800 b"}\n')
     told = fails(Corpus(source="files", path=str(tmp_path / "a.jsonl")), tmp_path / "root")
-    assert "document 'a.jsonl#1' is not text: a lone surrogate U+D800" in told
+    assert "a.jsonl' line 1: corpus.text_field 'text' is not text: a lone surrogate U+D800 in it" in told
 
 
 # --- damaged folders
