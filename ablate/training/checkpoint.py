@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ablate.config import ConfigError, Trial
+from ablate.config import ConfigError, Trial, echo, parse, reason
+from ablate.config.text import load_json
 from ablate.files import replacing
 from ablate.model.ragged import shape_like
 from ablate.model.transformer import Transformer
 
 FORMAT = 1
+POINTER = b"version https://git-lfs"
+"""The first bytes of the file that Git LFS leaves in place of one it did not fetch."""
+EXPECTED = "a file of weights that ablate wrote is expected"
 
 
 def save_model(path: Path, model: Transformer, trial: Trial, tokenizer_hash: str) -> None:
@@ -28,30 +33,79 @@ def save_model(path: Path, model: Transformer, trial: Trial, tokenizer_hash: str
 
 
 def load_model(path: Path) -> tuple[Transformer, Trial, str]:
-    """Model (eval mode, CPU), its trial and its tokenizer's hash; ConfigError for a file that is not such a checkpoint."""
-    content = read_checkpoint(path)
-    if content.get("format") != FORMAT:
-        raise ConfigError(f"checkpoint {str(path)!r} has format {content.get('format')!r}; this version reads {FORMAT}")
-    trial = Trial.model_validate_json(content["trial"])
+    """Return a model (eval mode, CPU), its trial and its tokenizer's hash.
+
+    Raises:
+        ConfigError: the file is missing, damaged, of another version, or no such checkpoint.
+    """
+    content, where = read_checkpoint(path), f"checkpoint {str(path)!r}"
+    if not isinstance(content.get("format"), int) or content["format"] != FORMAT:
+        raise ConfigError(f"{where} has format {echo(content.get('format'))}; this version reads {FORMAT}")
+    kinds = {"trial": str, "vocab_size": int, "tokenizer_hash": str, "state": dict}
+    for name, kind in kinds.items():
+        if not isinstance(content.get(name), kind):
+            raise ConfigError(f"{where} has no {name}: {EXPECTED}")
+    trial, state = _trial(content["trial"], where), content["state"]
+    # Looked at first: a model is built at the size that its settings say, whatever the tensors are.
+    if getattr(state.get("embedding"), "shape", None) != (content["vocab_size"], trial.model.d_model):
+        raise ConfigError(f"{where} is damaged: its embedding does not fit its settings")
     model = Transformer(trial, content["vocab_size"])
-    shape_like(model, content["state"])  # layers that were pruned
-    model.load_state_dict(content["state"])
-    return model.eval(), trial, str(content["tokenizer_hash"])
+    try:
+        shape_like(model, state)  # layers that were pruned
+        _check_tensors(model.state_dict(), state)
+        model.load_state_dict(state)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(f"{where} does not fit its settings: {reason(error)}") from None
+    return model.eval(), trial, content["tokenizer_hash"]
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's plain content, tensors on the CPU; ConfigError when it is missing or damaged."""
+    """Return a checkpoint's plain content, tensors on the CPU; raises ConfigError when it is missing or damaged."""
+    where = f"checkpoint {str(path)!r}"
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            start = file.read(len(POINTER))
     except FileNotFoundError:
-        raise ConfigError(f"checkpoint {str(path)!r} does not exist") from None
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise ConfigError(f"checkpoint {str(path)!r} cannot be read: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{where} does not exist") from None
+    except OSError as error:
+        raise ConfigError(f"{where} cannot be read: {reason(error)}") from None
+    if not start:
+        raise ConfigError(f"{where} cannot be read: it is empty; {EXPECTED}")
+    if start == POINTER:
+        raise ConfigError(f"{where} cannot be read: it is a pointer of Git LFS; `git lfs pull` fetches the weights")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about pickles that it refuses next
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # the unpickler raises what the bytes lead it to
+        raise ConfigError(f"{where} cannot be read: {_why(error)}") from None
     if not isinstance(content, dict):
-        raise ConfigError(
-            f"checkpoint {str(path)!r} holds a {type(content).__name__}; a checkpoint of ablate is expected"
-        )
+        raise ConfigError(f"{where} holds a {type(content).__name__}; {EXPECTED}")
     return content
+
+
+def _why(error: Exception) -> str:
+    """Return what is wrong with a file; the unpickler's own words advise to load it unsafely."""
+    return reason(error) if isinstance(error, OSError) else f"it is damaged, or another tool's; {EXPECTED}"
+
+
+def _trial(text: str, where: str) -> Trial:
+    try:
+        return parse(Trial, load_json(text, "its trial"), where="trial")
+    except ConfigError as error:
+        raise ConfigError(f"{where} is of another version of ablate: {error}") from None
+
+
+def _check_tensors(own: dict[str, Any], given: dict[str, Any]) -> None:
+    """Raise ValueError with the first tensor that is missing, unknown or of another shape."""
+    for name in own.keys() | given.keys():
+        if name not in own or name not in given:
+            raise ValueError(f"tensor {echo(name)} is {'missing' if name in own else 'unknown'}")
+        if not isinstance(given[name], torch.Tensor) or given[name].shape != own[name].shape:
+            has = tuple(given[name].shape) if isinstance(given[name], torch.Tensor) else type(given[name]).__name__
+            raise ValueError(f"tensor {echo(name)} is {has}, {tuple(own[name].shape)} is expected")
 
 
 def save_atomically(path: Path, content: Any) -> None:
