@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 
 from ablate.config import ConfigError, Corpus
 from ablate.data import codec, corpora, tokens
-from ablate.data.local_files import read_rows
+from ablate.data.local_files import find_files, read_rows
 from ablate.data.stream import TokenStream
 
 NATIVE = {"source": "files", "tokenizer": "bytes", "validation_share": 0.2, "test_share": 0.1}
@@ -313,7 +313,7 @@ def test_prepare_and_stream_see_the_same_documents(texts: list[str | None], tmp_
     once = [t or "" for t in texts]
     assert read(folder) == [*once, *once]
     corpus = Corpus(path=str(folder), **NATIVE)
-    rows_of_stream = list(corpora.local_rows(corpora.find_files(corpus), "text"))
+    rows_of_stream = list(corpora.local_rows(find_files(corpus), "text"))
     assert [row["text"] for row in rows_of_stream] == [*once, *once]
 
 
