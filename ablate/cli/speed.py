@@ -70,7 +70,9 @@ def bench_search(
 @kernels_app.command("compile")
 @example("kernels compile --target sm_90 --json")
 def kernels_compile(
-    target: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90 or gfx942; all if not given.")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="sm_80, sm_86, sm_89, sm_90, sm_120 or gfx942; all if not given.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compile every GPU kernel and configuration ahead of time, without a GPU or driver, and print what each needs."""

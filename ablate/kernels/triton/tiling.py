@@ -166,5 +166,5 @@ def shipped() -> dict[str, Any]:
 
 @functools.cache
 def configs(kernel: str, dtype: DType) -> tuple[Config, ...]:
-    """Shipped configurations of a kernel, the default first; all compile without spills on sm_80, sm_90 and gfx942."""
+    """Shipped configurations of a kernel, the default first; all compile without spills on the targets of `aot`."""
     return tuple(Config(*row) for row in shipped()["configs"][kernel][dtype])
