@@ -19,17 +19,18 @@ from ablate.analysis.search.story import story
 from ablate.analysis.verdicts import Runs, sentence
 from ablate.config import digest
 from ablate.files import write_text
+from ablate.results.layout import Layout
 
 SCHEMA = "ablate.findings/1"
 
 
 def analyse(name: str, root: Path) -> Path:
-    """Write reports/<name>/findings.json and metrics.json from a study's tables; returns the first path.
+    """Write out/<name>/findings.json and metrics.json from a study's tables; returns the first path.
 
     The same tables give the same bytes. Raises ConfigError for a missing study file or table.
     """
     data = compute(load(name, root))
-    folder = root / "reports" / name
+    folder = Layout(root, name).report
     write_text(folder / "metrics.json", canonical(data["summary"]))
     return write_text(folder / "findings.json", canonical(data))
 

@@ -34,7 +34,7 @@ Run = Annotated[str, typer.Argument(help="A trial's hash, an MLflow run's id, or
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads to compute with; all cores if not given.")]
 
 ROOT = Path()
-"""The project is the current folder: data/, results/, state/, tables/ and reports/ are made in it."""
+"""The project is the current folder: data/, results/, state/, tables/ and out/ are made in it."""
 DATA = Path("data")
 
 C = TypeVar("C", bound=Callable[..., Any])

@@ -24,6 +24,7 @@ from ablate.cli.common import (
     show,
     table_of,
 )
+from ablate.cli.waiting import busy
 from ablate.config import ConfigError, load_study
 from ablate.files import write_text
 from ablate.results.layout import EVALUATION, ITEMS, PRUNED
@@ -54,40 +55,41 @@ def prune(
 
     found = find_checkpoint(run, ROOT)  # before torch is imported, which takes seconds
 
-    import torch
+    with busy(f"pruning {found}", quiet=as_json):
+        import torch
 
-    from ablate.balance.prune import prune_report, report_table, threshold_share
-    from ablate.data.windows import evaluation_batches
-    from ablate.evaluation.bits_per_byte import bits_per_byte
-    from ablate.evaluation.evaluate import corpus_of
-    from ablate.results.record import save_prune
-    from ablate.training.checkpoint import load_model, save_model
+        from ablate.balance.prune import prune_report, report_table, threshold_share
+        from ablate.data.windows import evaluation_batches
+        from ablate.evaluation.bits_per_byte import bits_per_byte
+        from ablate.evaluation.evaluate import corpus_of
+        from ablate.results.record import save_prune
+        from ablate.training.checkpoint import load_model, save_model
 
-    if threads is not None:
-        torch.set_num_threads(threads)
-    model, trial, tokenizer = load_model(found)
-    share = threshold_share(threshold, trial.tree.leaves)
-    own = corpus_of(trial, tokenizer, DATA)
-    corpus = own if data is None else corpus_in(data)
-    if corpus.tokenizer_hash != own.tokenizer_hash:
-        raise ConfigError(
-            f"data is {str(data)!r}: its tokenizer {corpus.tokenizer_hash} is not the model's {own.tokenizer_hash}"
+        if threads is not None:
+            torch.set_num_threads(threads)
+        model, trial, tokenizer = load_model(found)
+        share = threshold_share(threshold, trial.tree.leaves)
+        own = corpus_of(trial, tokenizer, DATA)
+        corpus = own if data is None else corpus_in(data)
+        if corpus.tokenizer_hash != own.tokenizer_hash:
+            raise ConfigError(
+                f"data is {str(data)!r}: its tokenizer {corpus.tokenizer_hash} is not the model's {own.tokenizer_hash}"
+            )
+        context = trial.model.context
+
+        batches = evaluation_batches(corpus.validation, context, tokens)
+        # Paths are chosen on validation text and judged on test text, where there is enough of it.
+        judged = evaluation_batches(corpus.test, context, tokens) if len(corpus.test) > context else batches
+        lengths = torch.tensor(own.token_bytes)
+        pruned, report = prune_report(
+            model,
+            [b["tokens"][:, :-1] for b in batches],
+            lambda candidate: bits_per_byte(candidate, judged, lengths),
+            share,
         )
-    context = trial.model.context
-
-    batches = evaluation_batches(corpus.validation, context, tokens)
-    # Paths are chosen on validation text and judged on test text, where there is enough of it.
-    judged = evaluation_batches(corpus.test, context, tokens) if len(corpus.test) > context else batches
-    lengths = torch.tensor(own.token_bytes)
-    pruned, report = prune_report(
-        model,
-        [b["tokens"][:, :-1] for b in batches],
-        lambda candidate: bits_per_byte(candidate, judged, lengths),
-        share,
-    )
-    path = out or found.with_name(PRUNED)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_model(path, pruned, trial, tokenizer)
+        path = out or found.with_name(PRUNED)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_model(path, pruned, trial, tokenizer)
     # Only a trial's own weights on its own corpus are compared with its result.
     kept = save_prune(ROOT, trial.hash(), report) if data is None and is_own(found, trial, ROOT) else []
     table = report_table(report)
@@ -129,7 +131,10 @@ def inspect(
 def evaluate(
     run: Run,
     tasks: Annotated[
-        str | None, typer.Option(help="Comma-separated tasks; the offline ones if not given, '' for none.")
+        str | None,
+        typer.Option(
+            help="Comma-separated tasks, '' for none; the offline ones if not given and the extra qa is there."
+        ),
     ] = None,
     shots: Annotated[str, typer.Option(help="Comma-separated numbers of examples shown before a question.")] = "0,5",
     data: Annotated[list[Path] | None, typer.Option(help="Study files whose corpora give bits per byte too.")] = None,
@@ -137,28 +142,35 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Bits per byte and question answering (EleutherAI's harness) of a trained model; a trial's is logged to its run."""
+    from ablate.evaluation import harness
     from ablate.training.runs import find_checkpoint, is_own
 
     numbers = [number(part) for part in shots.split(",")]
     path = find_checkpoint(run, ROOT)  # before torch is imported, which takes seconds
 
-    from ablate.evaluation import evaluate as evaluation
-    from ablate.evaluation.tasks import OFFLINE
-    from ablate.training.checkpoint import load_model
+    if tasks is None and not harness.installed():
+        tasks = ""
+        print(f"ablate: bits per byte only: {harness.MISSING}", file=sys.stderr)
+    elif tasks:
+        harness.require()
+    with busy("measuring the model", quiet=as_json):
+        from ablate.evaluation import evaluate as evaluation
+        from ablate.evaluation.tasks import OFFLINE
+        from ablate.training.checkpoint import load_model
 
-    model, trial, tokenizer = load_model(path)
-    own = evaluation.corpus_of(trial, tokenizer, DATA)
-    found = evaluation.evaluate(
-        model,
-        trial,
-        own,
-        corpora=[corpus_in(file) for file in data or []],
-        task_names=OFFLINE if tasks is None else [t for t in tasks.split(",") if t],
-        shots=numbers,
-        folder=path.parent,
-        tasks_folder=Path("state") / "tasks",
-        limit=limit,
-    )
+        model, trial, tokenizer = load_model(path)
+        own = evaluation.corpus_of(trial, tokenizer, DATA)
+        found = evaluation.evaluate(
+            model,
+            trial,
+            own,
+            corpora=[corpus_in(file) for file in data or []],
+            task_names=OFFLINE if tasks is None else [t for t in tasks.split(",") if t],
+            shots=numbers,
+            folder=path.parent,
+            tasks_folder=Path("state") / "tasks",
+            limit=limit,
+        )
     if is_own(path, trial, ROOT):
         from ablate.tracking.log_report import log_evaluation
 
@@ -188,13 +200,14 @@ def generate(
 
     path = find_checkpoint(run, ROOT)  # before torch is imported, which takes seconds
 
-    from ablate.evaluation.evaluate import corpus_of
-    from ablate.evaluation.generate import Sampling, stream
-    from ablate.training.checkpoint import load_model
+    with busy("loading the model"):
+        from ablate.evaluation.evaluate import corpus_of
+        from ablate.evaluation.generate import Sampling, stream
+        from ablate.training.checkpoint import load_model
 
-    sampling = Sampling(temperature=temperature, top_k=top_k, seed=seed)
-    model, trial, tokenizer = load_model(path)
-    own = corpus_of(trial, tokenizer, DATA)
+        sampling = Sampling(temperature=temperature, top_k=top_k, seed=seed)
+        model, trial, tokenizer = load_model(path)
+        own = corpus_of(trial, tokenizer, DATA)
     print(prompt, end="", flush=True)
     for piece in stream(model, own.codec, prompt, max_tokens=max_tokens, sampling=sampling):
         print(piece, end="", flush=True)

@@ -26,6 +26,7 @@ from ablate.cli.common import (
     table_of,
     with_progress,
 )
+from ablate.cli.waiting import Steps, busy
 from ablate.config import ConfigError, load_study
 from ablate.files import write_text
 
@@ -113,7 +114,7 @@ def collect(name: Name) -> None:
 @app.command()
 @example("analyse laptop")
 def analyse(name: Name) -> None:
-    """Turn a study's tables into findings: reports/NAME/findings.json, also logged to the study's MLflow run."""
+    """Turn a study's tables into findings: out/NAME/findings.json, also logged to the study's MLflow run."""
     from ablate.analysis import findings
 
     print(findings.analyse(name, ROOT))
@@ -128,7 +129,7 @@ def report(
         str | None, typer.Option(envvar="ABLATE_MLFLOW_ADDRESS", help="MLflow's address, for links to runs.")
     ] = None,
 ) -> None:
-    """Write a study's report: reports/NAME/index.html, report.md, figures and tables; logged to the study's MLflow run."""
+    """Write a study's report: out/NAME/index.html, report.md, figures and tables; logged to the study's MLflow run."""
     from ablate.report import build
 
     print(build.build(name, ROOT, address))
@@ -310,24 +311,34 @@ def doctor(
 
 
 @app.command()
-@example("reproduce 3f2b0c9a5d7e4f1b8a6c2d9e0f1a2b3c")
+@example("reproduce 1a94e238e7b2 --keep")
 def reproduce(
-    run_id: Annotated[
+    run: Annotated[
         str,
-        typer.Argument(
-            help="An MLflow run's id, or that of a run in a published report (8 characters do).", show_default=False
-        ),
+        typer.Argument(help="A trial's hash or an MLflow run's id (8 characters do).", show_default=False),
     ],
+    keep: Annotated[
+        bool,
+        typer.Option("--keep", help="Keep its weights, for prune, evaluate and generate, where the two are equal."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Run a trial again from its logged settings and compare; exit code 1 where the two differ."""
+    """Run a trial of yours or of a published report again and compare; exit code 1 where the two differ."""
     from ablate.tracking.reproduce import reproduce as again
 
-    found = again(run_id, ROOT, tracking=os.environ.get("MLFLOW_TRACKING_URI"))
+    with busy(f"training {run} again", quiet=as_json):
+        found = again(
+            run, ROOT, tracking=os.environ.get("MLFLOW_TRACKING_URI"), keep=keep, observer=Steps(quiet=as_json)
+        )
     if as_json:
         print(
             json.dumps(
-                {**dataclasses.asdict(found), "equal": found.equal, "largest_difference": found.largest_difference}
+                {
+                    **dataclasses.asdict(found),
+                    "equal": found.equal,
+                    "largest_difference": found.largest_difference,
+                    "weights": str(found.weights) if found.weights else None,
+                }
             )
         )
     else:
@@ -336,13 +347,17 @@ def reproduce(
         for name, (then, now) in found.changed.items():
             print(f"{name}: {then} then, {now} now")
         print("Equal bit for bit." if found.equal else f"Not equal: bpb differs by up to {found.largest_difference:g}.")
+        if keep:
+            print(
+                f"weights: {found.weights}" if found.weights else "Its weights are not kept: they are another model's."
+            )
     raise typer.Exit(0 if found.equal else 1)
 
 
 @app.command()
 @example("compare laptop laptop-longer")
 def compare(study_a: Name, study_b: Name) -> None:
-    """Compare two studies' findings: reports/compare/A-B/."""
+    """Compare two studies' findings: out/compare/A-B/."""
     from ablate.report import compare as comparing
 
     print(comparing.compare(study_a, study_b, ROOT))

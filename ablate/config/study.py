@@ -72,7 +72,7 @@ class Budget(Settings):
 
 
 # Names that a study cannot have, and why.
-RESERVED = {"compare": "reports/compare holds comparisons of studies", "default": "MLflow's own experiment"}
+RESERVED = {"compare": "out/compare holds comparisons of studies", "default": "MLflow's own experiment"}
 # Settings that no other design takes, added after the first plans were published.
 SEARCH_ONLY = ("sampler", "race", "finalists", "enqueue", "warm_start")
 

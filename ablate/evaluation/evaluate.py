@@ -29,7 +29,7 @@ from ablate.config import ConfigError, Questions, Trial
 from ablate.data.codec import Codec
 from ablate.data.tokens import Prepared, load
 from ablate.data.windows import evaluation_batches
-from ablate.evaluation import qa, tasks
+from ablate.evaluation import harness, qa, tasks
 from ablate.evaluation.likelihood import Scorer
 from ablate.evaluation.scores import Evaluated, Quality, Score
 from ablate.files import write_text
@@ -86,7 +86,7 @@ def evaluate(
     for names that are not tasks, and where the extra `qa` is missing.
     """
     if task_names:
-        qa.require_harness()
+        harness.require()
     quality = [bits_per_byte_of(model, c, own, trial.train.eval_tokens) for c in (own, *corpora)]
     asked = Questions(tasks=tuple(task_names), shots=tuple(shots), limit=limit)
     scores = ask(model, own, asked, folder=folder, tasks_folder=tasks_folder)
@@ -128,7 +128,7 @@ def check_tasks(questions: Questions, own: Prepared, tasks_folder: Path) -> None
     """
     if not questions.tasks:
         return
-    qa.require_harness()
+    harness.require()
     if set(questions.tasks) & set(tasks.OFFLINE):
         tasks.write_tasks(own, tasks_folder)
     fetched = [task for task in questions.tasks if task not in tasks.OFFLINE]

@@ -15,6 +15,7 @@ import torch
 
 from ablate.config import ConfigError
 from ablate.data.tokens import Prepared
+from ablate.evaluation import harness
 from ablate.evaluation.generate import Sampling, Writer, complete
 from ablate.evaluation.likelihood import Logits, Scorer
 from ablate.model.transformer import Transformer
@@ -55,18 +56,10 @@ def wrap(
     return lm
 
 
-def require_harness() -> None:
-    """Raises ConfigError where `lm_eval` is not installed."""
-    try:
-        import lm_eval.api.model  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(f"question answering needs the extra qa ({error}): pip install 'ablate[qa]'") from None
-
-
 @functools.cache
 def _class() -> Any:
     """The subclass of lm_eval's LM; made on first use."""
-    require_harness()
+    harness.require()
     from lm_eval.api.model import TemplateLM
     from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window

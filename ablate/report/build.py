@@ -1,4 +1,4 @@
-"""Everything of a study into reports/<name>/: the page, report.md, figures and tables."""
+"""Everything of a study into out/<name>/: the page, report.md, figures and tables."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from ablate.report import parts, style, summary
 from ablate.report.context import Context
 from ablate.report.parts import View
 from ablate.report.views import sections
+from ablate.results.layout import Layout
 
 TEMPLATES = Path(__file__).parent / "templates"
 DATA = "data"
@@ -33,7 +34,7 @@ PICTURES = "!figures/*.png"
 
 
 def build(name: str, root: Path, address: str | None = None) -> Path:
-    """Write reports/<name>/ (index.html, report.md, figures/, tables/, plots/) and return its path.
+    """Write out/<name>/ (index.html, report.md, figures/, tables/, plots/) and return its path.
 
     Findings are computed first where they are missing or older than the tables. `address` is MLflow's, for links to
     runs.
@@ -44,7 +45,7 @@ def build(name: str, root: Path, address: str | None = None) -> Path:
     if address is not None and not re.fullmatch(r"https?://[A-Za-z0-9.:\[\]_/-]+", address):
         raise ConfigError(f"MLflow address is {address!r}: it starts with http:// or https://")
     tables = load(name, root)
-    folder = root / "reports" / name
+    folder = Layout(root, name).report
     findings = current_findings(name, root, tables.digests)
     with mpl.rc_context(style.RC):
         context = Context(tables, findings, address.rstrip("/") if address else None)
@@ -63,7 +64,7 @@ def build(name: str, root: Path, address: str | None = None) -> Path:
 
 def current_findings(name: str, root: Path, digests: dict[str, str]) -> dict[str, Any]:
     """Return the findings of the tables with these digests; computes and writes them where the file has others."""
-    path = root / "reports" / name / "findings.json"
+    path = Layout(root, name).report / "findings.json"
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data["inputs"] == digests:

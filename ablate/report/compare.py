@@ -9,16 +9,17 @@ from ablate.analysis.frames import canonical, load
 from ablate.files import write_text
 from ablate.report import parts
 from ablate.report.parts import Column, Table
+from ablate.results.layout import OWN
 
 
 def compare(study_a: str, study_b: str, root: Path) -> Path:
-    """Write reports/compare/<A>-<B>/ (comparison.json, report.md, tables/) and return its path.
+    """Write out/compare/<A>-<B>/ (comparison.json, report.md, tables/) and return its path.
 
     Raises:
         ConfigError: a study file or table is missing, or the studies have nothing in common.
     """
     data = compare_tables(load(study_a, root), load(study_b, root))
-    folder = root / "reports" / "compare" / f"{study_a}-{study_b}"
+    folder = root / OWN / "compare" / f"{study_a}-{study_b}"
     (folder / "tables").mkdir(parents=True, exist_ok=True)
     write_text(folder / "comparison.json", canonical(data))
     questions = [

@@ -44,7 +44,7 @@ def publish(name: str, root: Path) -> Path:
             raise ConfigError(f"{str(path)!r} does not exist: run `ablate study run` and `ablate collect {name}` first")
     loaded = load(name, root)
     usage = trim.usage(Context(loaded, current_findings(name, root, loaded.digests)))
-    kept = root / "reports" / name / DATA
+    kept = Layout(root, name).published / DATA
     with replacing_folder(kept) as folder:
         shutil.copyfile(root / "studies" / f"{name}.yaml", folder / "study.yaml")
         for path in (plan, *sorted(tables.glob("*.parquet"))):
@@ -62,7 +62,7 @@ def published(root: Path) -> list[str]:
 
 def size(name: str, root: Path) -> int:
     """Trials of a published study: how long it takes to draw, roughly."""
-    return int(pl.scan_parquet(root / "reports" / name / DATA / TRIALS).select(pl.len()).collect().item())
+    return int(pl.scan_parquet(Layout(root, name).published / DATA / TRIALS).select(pl.len()).collect().item())
 
 
 def redraw(name: str, root: Path) -> list[str]:
@@ -71,7 +71,7 @@ def redraw(name: str, root: Path) -> list[str]:
     Raises:
         ConfigError: the study is not published here, or what is kept is damaged.
     """
-    report = root / "reports" / name
+    report = Layout(root, name).published
     if not (report / DATA / "study.yaml").exists():
         known = ", ".join(published(root)) or "none"
         raise ConfigError(f"study {name!r} is not published: {known} is; `ablate publish {name}` does it")
@@ -101,7 +101,9 @@ def _stage(report: Path, name: str, place: Path) -> list[tuple[Path, Path]]:
         PLAN: Layout(place, name).plan,
     }
     kept = [(p, fixed.get(p.name, Layout(place, name).tables / p.name)) for p in sorted((report / DATA).iterdir())]
-    return kept + [(p, place / "reports" / name / p.name) for p in (report / DATA, report / ".gitignore") if p.exists()]
+    return kept + [
+        (p, Layout(place, name).report / p.name) for p in (report / DATA, report / ".gitignore") if p.exists()
+    ]
 
 
 def _known(report: Path) -> dict[str, str]:

@@ -24,6 +24,8 @@ LAST = "last.ckpt"
 MODEL = "model.pt"
 PRUNED = "pruned.pt"
 EVALUATION = "evaluation.json"
+# Folder of the project with what a user's own trials show; reports/ holds published studies.
+OWN = "out"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,16 @@ class Layout:
     def tables(self) -> Path:
         """What `collect` writes."""
         return self.root / "tables" / self.study
+
+    @property
+    def report(self) -> Path:
+        """Findings and report of the user's own trials; `published` is never written over by them."""
+        return self.root / OWN / self.study
+
+    @property
+    def published(self) -> Path:
+        """Findings and report that git keeps, with the tables they are drawn from; `ablate publish` writes it."""
+        return self.root / "reports" / self.study
 
     def record(self, trial: str) -> Path:
         """A trial is done exactly if this file exists."""

@@ -71,7 +71,7 @@ class Queue:
             "match": study.match,
             "base": study.trial({}).model_dump(mode="json", include={"model", "tree", "train"}),
             "command": f"ablate study run studies/{study.name}.yaml",
-            "report": f"reports/{study.name}/index.html",
+            "report": f"out/{study.name}/index.html",
         }
         known = self.study.user_attrs
         for key, value in about.items():

@@ -23,7 +23,7 @@ EVALUATION = "evaluation"
 
 
 def log_report(study: str, root: Path, names: Iterable[str], *, tracking: str | None = None) -> str | None:
-    """Log files and folders of reports/<study>/ under `report/` of the study's run; the run's id.
+    """Log files and folders of out/<study>/ under `report/` of the study's run; the run's id.
 
     The run is that of the plan's space, made where there is none. Logging again replaces. None, and nothing is logged,
     where the study was not run here (there is no plan).
@@ -43,7 +43,7 @@ def log_report(study: str, root: Path, names: Iterable[str], *, tracking: str | 
         run, made = study_run(client, experiment, settings, plan["space"], plan.get("notes", []))
         if made:  # any other is the study's own to close
             client.set_terminated(run, status="FINISHED")
-        for path in (root / "reports" / study / name for name in names):
+        for path in (layout.report / name for name in names):
             if path.is_dir():
                 client.log_artifacts(run, str(path), f"{FOLDER}/{path.name}")
             elif path.exists():

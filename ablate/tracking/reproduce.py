@@ -1,4 +1,4 @@
-"""`ablate reproduce RUN_ID`: run a tracked or a published trial again from its logged configuration, and compare."""
+"""`ablate reproduce TRIAL`: run a finished, a published or a tracked trial again from its settings, and compare."""
 
 from __future__ import annotations
 
@@ -9,20 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
-from mlflow.exceptions import MlflowException
-from mlflow.tracking import MlflowClient
 
 from ablate.config import ConfigError, Trial, parse
 from ablate.config.endpoints import BPB
-from ablate.results.layout import HISTORY, TRIALS
+from ablate.results.layout import HISTORY, MODEL, TRIALS
+from ablate.results.record import load_record
 from ablate.tracking import tags as names
-from ablate.tracking.store import default_uri, prepare_store
-from ablate.training.result import TrialResult
+from ablate.training.result import Observer, Provenance
+from ablate.training.runs import RUN_ID, SHORTEST, find_records, weights_of
 
 PUBLISHED = f"reports/*/data/{TRIALS}"
 """Tables that `ablate publish` keeps: a clone has them, and no MLflow database."""
-SHORTEST = 8
-"""Characters that name a published run: what the reports print of it."""
+Found = tuple[Trial, dict[str, str], dict[int, float]]
+"""A trial's settings, its tags, and its bits per byte by step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +36,8 @@ class Reproduction:
     """Step to bpb, now."""
     changed: dict[str, tuple[str, str]]
     """What bit equality depends on and is not as it was: tag to (then, now)."""
+    weights: Path | None = None
+    """Where the weights were kept, if they were."""
 
     @property
     def equal(self) -> bool:
@@ -51,44 +52,95 @@ class Reproduction:
         return max((abs(self.after[step] - bpb) for step, bpb in self.before.items()), default=0.0)
 
 
-def reproduce(run_id: str, root: Path, *, data_root: Path | None = None, tracking: str | None = None) -> Reproduction:
-    """Run a trial again, with the threads it had; nothing is kept.
+def reproduce(
+    run: str,
+    root: Path,
+    *,
+    data_root: Path | None = None,
+    tracking: str | None = None,
+    keep: bool = False,
+    observer: Observer | None = None,
+) -> Reproduction:
+    """Run a trial again, with the threads it had.
 
     Args:
-        run_id: an MLflow run's id, or the id (its first 8 characters will do) of a run in a published report.
-        root: the project; its reports/*/data are searched first, so that a clone needs no MLflow.
+        run: a trial's hash or an MLflow run's id; the first 8 characters do for trials of root/results and reports.
+        root: the project; results/ is searched first, then reports/*/data, then MLflow.
+        data_root: prepared corpora; root/data where not given.
+        tracking: MLflow's address; the project's own database where not given.
+        keep: put the weights where `train.keep_checkpoint` would have put them, if the two are equal.
+        observer: watches the training.
 
     Raises:
-        ConfigError: there is no such run, it is not a trial's, or its settings are not valid any more.
+        ConfigError: there is no such trial, its name fits several, or its settings are not valid any more.
     """
-    from ablate.training.trial import run_trial
+    trial, tags, before = _find(run, root, tracking)
 
-    found = _published(run_id, root)
-    if found is None:
-        uri = tracking or default_uri(root.resolve())
-        found = _logged(prepare_store(uri), run_id, uri)
-    trial, tags, before = found
+    from ablate.training.trial import run_trial  # it imports torch
+
     threads = tags.get(names.THREADS)
+    train = trial.train.model_copy(update={"keep_checkpoint": trial.train.keep_checkpoint or keep})
     with tempfile.TemporaryDirectory(prefix="ablate-reproduce-") as folder:
         result = run_trial(
-            trial,
+            trial.model_copy(update={"train": train}),
             data_root=data_root or root / "data",
             folder=Path(folder),
+            observer=observer,
             threads=int(threads) if threads else None,
             resume=False,
         )
-    after = {e.step: e.bpb for e in result.history if e.bpb is not None}
-    return Reproduction(trial.hash(), before, after, _changed(tags, result))
+        after = {e.step: e.bpb for e in result.history if e.bpb is not None}
+        weights = weights_of(trial.hash(), root)
+        kept = keep and before == after and result.status == "finished"
+        if kept:
+            _keep(Path(folder) / MODEL, weights, trial)
+    changed = _changed(tags, result.provenance)
+    return Reproduction(trial.hash(), before, after, changed, weights if kept else None)
 
 
-def _published(run_id: str, root: Path) -> tuple[Trial, dict[str, str], dict[int, float]] | None:
-    """A published run's settings, tags and bpb by step; None where no published table has it."""
+def _keep(made: Path, weights: Path, trial: Trial) -> None:
+    """Copy weights to the place of the trial that they are of."""
+    from ablate.training.checkpoint import load_model, save_model
+
+    model, _, tokenizer = load_model(made)
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    save_model(weights, model, trial, tokenizer)
+
+
+def _find(run: str, root: Path, tracking: str | None) -> Found:
+    """Return what is known of a trial; MLflow, which takes seconds to import, is asked last."""
+    found = _own(run, root) or _published(run, root)
+    if found is None and RUN_ID.fullmatch(run):
+        from ablate.tracking.logged import logged
+
+        found = logged(run, root, tracking)
+    if found is None:
+        raise ConfigError(
+            f"run {run!r} is unknown: no result in 'results' and no published one in 'reports' has it; a trial's hash or "
+            f"an MLflow run's id is expected, {SHORTEST} characters or more"
+        )
+    return found
+
+
+def _own(run: str, root: Path) -> Found | None:
+    """Return a finished trial of this project; None where no result has that name."""
+    records = find_records(run, root)
+    if not records:
+        return None
+    record = load_record(records[0])
+    return record.config, _origin(record.provenance), {e.step: e.bpb for e in record.history if e.bpb is not None}
+
+
+def _published(run_id: str, root: Path) -> Found | None:
+    """Return a trial of a published study; None where no published table has it."""
     if len(run_id) < SHORTEST:
         return None
     found: dict[str, tuple[Path, dict[str, Any]]] = {}
     for path in sorted(root.glob(PUBLISHED)):
-        rows = pl.scan_parquet(path).filter(pl.col("run_id").str.starts_with(run_id)).collect()
-        found |= {row["run_id"]: (path, row) for row in rows.iter_rows(named=True)}
+        rows = pl.scan_parquet(path).filter(
+            pl.col("run_id").str.starts_with(run_id) | pl.col("trial").str.starts_with(run_id)
+        )
+        found |= {row["trial"]: (path, row) for row in rows.collect().iter_rows(named=True)}
     if len(found) > 1:
         raise ConfigError(f"run {run_id!r} could be any of {', '.join(sorted(found))}: give more of its id")
     if not found:
@@ -100,54 +152,30 @@ def _published(run_id: str, root: Path) -> tuple[Trial, dict[str, str], dict[int
     origin = {name: str(value) for name, value in origin.items() if value is not None}
     history = pl.scan_parquet(path.with_name(HISTORY))
     evaluations = history.filter(pl.col("trial") == row["trial"], pl.col(BPB.name).is_not_null()).collect()
-    trial = parse(Trial, json.loads(row["config"]), where=f"run {row['run_id']}")
+    trial = parse(Trial, json.loads(row["config"]), where=f"trial {row['trial']}")
     return trial, origin, dict(zip(evaluations["step"].to_list(), evaluations[BPB.name].to_list(), strict=True))
 
 
-def _logged(client: MlflowClient, run_id: str, uri: str) -> tuple[Trial, dict[str, str], dict[int, float]]:
-    try:
-        run = client.get_run(run_id)
-    except MlflowException:
-        raise ConfigError(
-            f"run {run_id!r} is unknown at {uri} and in reports/*/data: give the id of a trial's run"
-        ) from None
-    tags = dict(run.data.tags)
-    if tags.get(names.ROLE) != "trial":
-        raise ConfigError(f"run {run_id!r} is a {tags.get(names.ROLE, 'foreign')} run: give the id of a trial's run")
-    trial = parse(Trial, _nested(run.data.params), where=f"run {run_id}")
-    history = client.get_metric_history(run_id, BPB.name)
-    return trial, tags, {metric.step: metric.value for metric in history}
-
-
-def _nested(params: dict[str, str]) -> dict[str, Any]:
-    """Dotted parameters as nested settings; texts are read as they are, everything else as JSON."""
-    data: dict[str, Any] = {}
-    for key, text in params.items():
-        *sections, field = key.split(".")
-        place = data
-        for section in sections:
-            place = place.setdefault(section, {})
-        try:
-            place[field] = json.loads(text)
-        except json.JSONDecodeError:
-            place[field] = text
-    return data
-
-
-def _changed(tags: dict[str, str], result: TrialResult) -> dict[str, tuple[str, str]]:
-    origin = result.provenance
-    now = {
-        names.GIT_COMMIT: origin.git_commit,
-        names.GIT_DIRTY: str(origin.git_dirty).lower(),
-        names.DATA_HASH: origin.data_hash,
-        names.TOKENIZER_HASH: origin.tokenizer_hash,
-        names.MACHINE: origin.machine,
-        names.DEVICE: origin.device,
-        names.THREADS: str(origin.threads),
+def _origin(made: Provenance) -> dict[str, str]:
+    """Return what bit equality depends on, as tags."""
+    return {
+        names.GIT_COMMIT: made.git_commit,
+        names.GIT_DIRTY: str(made.git_dirty).lower(),
+        names.DATA_HASH: made.data_hash,
+        names.TOKENIZER_HASH: made.tokenizer_hash,
+        names.MACHINE: made.machine,
+        names.DEVICE: made.device,
+        names.THREADS: str(made.threads),
+        names.VERSIONS: json.dumps(made.versions, sort_keys=True),
     }
+
+
+def _changed(tags: dict[str, str], made: Provenance) -> dict[str, tuple[str, str]]:
+    now = _origin(made)
+    del now[names.VERSIONS]
     changed = {key: (tags.get(key, ""), value) for key, value in now.items() if tags.get(key, "") != value}
     then = json.loads(tags.get(names.VERSIONS, "{}"))
-    for name in sorted(then.keys() | origin.versions.keys() if then else ()):
-        if then.get(name) != origin.versions.get(name):
-            changed[f"{names.VERSIONS}.{name}"] = (then.get(name, "none"), origin.versions.get(name, "none"))
+    for name in sorted(then.keys() | made.versions.keys() if then else ()):
+        if then.get(name) != made.versions.get(name):
+            changed[f"{names.VERSIONS}.{name}"] = (then.get(name, "none"), made.versions.get(name, "none"))
     return changed

@@ -1,4 +1,4 @@
-"""Finding the weights of a run by the names people have for it."""
+"""Find the result and the weights of a run by the names people have for it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ import re
 from pathlib import Path
 
 from ablate.config import ConfigError, Trial
-from ablate.results.layout import MODEL, USAGE
+from ablate.results.layout import MODEL, PRUNE_MARK, USAGE
 
-_HASH = re.compile(r"[0-9a-f]{12}")
-_RUN_ID = re.compile(r"[0-9a-f]{32}")
+SHORTEST = 8
+"""Characters that name a trial or a run: what the reports print of a run's id."""
+RUN_ID = re.compile(r"[0-9a-f]{32}")
+_NAME = re.compile(rf"[0-9a-f]{{{SHORTEST},32}}")
 
 
 def find_checkpoint(run: str, root: Path) -> Path:
-    """The weights file of `run`: a trial's hash, an MLflow run's id, a weights file, or a folder with a `model.pt`.
+    """The weights file of `run`: a trial's hash or an MLflow run's id
+    (8 characters do), a weights file, or a folder with a `model.pt`.
 
     Trials are looked up in root/results/<study>/<trial>.json, their weights lie in root/state/trials/<trial>/. Raises
     ConfigError for a run that is not known, and for one whose weights were not kept.
@@ -26,8 +29,8 @@ def find_checkpoint(run: str, root: Path) -> Path:
         return path / MODEL
     if path.is_file():
         return path
-    records = _records(run, root)
-    weights = _weights(records[0].stem if records else run, root)
+    records = _known(run, root)
+    weights = weights_of(records[0].stem if records else run, root)
     if weights.is_file():
         return weights
     if not records:
@@ -36,16 +39,18 @@ def find_checkpoint(run: str, root: Path) -> Path:
     if record["status"] != "finished":
         raise ConfigError(f"run {run!r} of study {study!r} ended {record['status']}: only finished ones keep weights")
     raise ConfigError(
-        f"run {run!r} of study {study!r} kept no weights: set train.keep_checkpoint to true under base and run it again"
+        f"run {run!r} of study {study!r} kept no weights: `ablate reproduce {run} --keep` trains it again and keeps them "
+        "(train.keep_checkpoint: true under base keeps those of every trial)"
     )
 
 
 def is_own(weights: Path, trial: Trial, root: Path) -> bool:
     """Whether a weights file is what the trial itself left, not a pruned or copied one."""
-    return weights.resolve() == _weights(trial.hash(), root).resolve()
+    return weights.resolve() == weights_of(trial.hash(), root).resolve()
 
 
-def _weights(trial: str, root: Path) -> Path:
+def weights_of(trial: str, root: Path) -> Path:
+    """Return where a trial's weights lie, if it keeps them."""
     return root / "state" / "trials" / trial / MODEL
 
 
@@ -56,20 +61,36 @@ def find_usage(run: str, root: Path) -> Path:
         if path.suffix != ".parquet":
             raise ConfigError(f"run {run!r} is no usage table: a .parquet file is expected")
         return path
-    for record in _records(run, root):
+    for record in _known(run, root):
         return record.with_name(f"{record.stem}.{USAGE}")
     raise ConfigError(f"run {run!r} is not known: no result in {str(root / 'results')!r} has it")
 
 
-def _records(run: str, root: Path) -> list[Path]:
-    """The result files that a trial's hash or a run's id names."""
-    if _HASH.fullmatch(run):
-        return sorted((root / "results").glob(f"*/{run}.json"))
-    if _RUN_ID.fullmatch(run):
-        return [p for p in sorted((root / "results").glob("*/*.json")) if _run_id(p) == run]
-    raise ConfigError(
-        f"run {run!r} is not known: a file that exists, a trial's hash (12 hex digits) or an MLflow run's id (32) is expected"
-    )
+def find_records(run: str, root: Path) -> list[Path]:
+    """Return the result files of the trial that a hash or a run's id names (8 characters do), one a study; [] for none.
+
+    Raises:
+        ConfigError: the name fits several trials.
+    """
+    if not _NAME.fullmatch(run):
+        return []
+    results = root / "results"
+    found = [p for p in sorted(results.glob(f"*/{run}*.json")) if PRUNE_MARK not in p.name]
+    found = found or [p for p in sorted(results.glob("*/*.json")) if (_run_id(p) or "").startswith(run)]
+    trials = sorted({path.stem for path in found})
+    if len(trials) > 1:
+        raise ConfigError(f"run {run!r} could be any of {', '.join(trials[:5])}: give more of its name")
+    return found
+
+
+def _known(run: str, root: Path) -> list[Path]:
+    """Return the result files that a name leads to; raises ConfigError for what is no such name."""
+    if not _NAME.fullmatch(run):
+        raise ConfigError(
+            f"run {run!r} is not known: a file that exists, a trial's hash (12 hex digits) or an MLflow run's id (32) is "
+            f"expected, {SHORTEST} characters or more"
+        )
+    return find_records(run, root)
 
 
 def _run_id(record: Path) -> str | None:

@@ -91,14 +91,14 @@ def test_one_command_gives_runs_tables_findings_and_a_report(project: Path) -> N
     table = trials(project)
     assert table["status"].to_list() == ["finished"] * 2
     assert table["bpb"].is_between(3, 9).all()
-    findings = json.loads((project / "reports/tiny/findings.json").read_text())
+    findings = json.loads((project / "out/tiny/findings.json").read_text())
     assert {f["verdict"] for f in findings["findings"]} <= {"supported", "refuted", "inconclusive"}
-    report = (project / "reports/tiny/report.md").read_text()
-    pictures = list((project / "reports/tiny/figures").glob("*.png"))
+    report = (project / "out/tiny/report.md").read_text()
+    pictures = list((project / "out/tiny/figures").glob("*.png"))
     assert pictures
     assert all(p.stat().st_size > 5000 for p in pictures)
     assert "A tiny study" in report
-    assert "A tiny study" in (project / "reports/tiny/index.html").read_text()
+    assert "A tiny study" in (project / "out/tiny/index.html").read_text()
 
 
 def test_nothing_changed_means_nothing_runs(project: Path) -> None:
@@ -120,20 +120,20 @@ def test_flips_of_a_real_study_are_seen(project: Path) -> None:
     one = trees.filter((pl.col("trial") == history["trial"][1]) & (pl.col("step") == 4))
     assert history["flip_rate"][1] == pytest.approx(float(one["flip_rate"].cast(pl.Float64).mean()))  # type: ignore[arg-type]
     assert history["flip_rate_worst"][1] == pytest.approx(one["flip_rate"].max())
-    settled = pl.read_csv(project / "reports/tiny/tables/settled.csv")
+    settled = pl.read_csv(project / "out/tiny/tables/settled.csv")
     assert settled["flip_rate"].null_count() == 0
-    assert (project / "reports/tiny/figures/flips.png").exists()
+    assert (project / "out/tiny/figures/flips.png").exists()
 
 
 def test_metrics_and_plots_are_dvcs(project: Path) -> None:
     [metrics] = json.loads(dvc(project, "metrics", "show", "--json")).values()
-    assert metrics["data"]["reports/tiny/metrics.json"]["data"]["trials"] == 2
+    assert metrics["data"]["out/tiny/metrics.json"]["data"]["trials"] == 2
     for name, rows in (("bpb", 4), ("balance", 6)):
-        chart = json.loads(dvc(project, "plots", "show", "--show-vega", f"reports/tiny/plots/{name}.csv"))
+        chart = json.loads(dvc(project, "plots", "show", "--show-vega", f"out/tiny/plots/{name}.csv"))
         assert chart["title"]["text"].startswith("tiny: ")
         assert len(chart["data"]["values"]) == rows
     # One seed makes no comparison, and DVC draws nothing of a table without rows.
-    assert json.loads(dvc(project, "plots", "show", "--show-vega", "reports/tiny/plots/effects.csv")) == {}
+    assert json.loads(dvc(project, "plots", "show", "--show-vega", "out/tiny/plots/effects.csv")) == {}
     said = dvc(project, "plots", "show", "-o", "shown")
     assert "index.html" in said
     assert "mirror 1" in (project / "shown" / "index.html").read_text()
@@ -147,7 +147,7 @@ def test_the_report_is_logged_to_the_studys_run(project: Path) -> None:
     logged = {a.path for a in client.list_artifacts(run.info.run_id, "report")}
     assert logged == {f"report/{n}" for n in ("findings.json", "metrics.json", "index.html", "report.md", "figures")}
     page = client.download_artifacts(run.info.run_id, "report/index.html", str(project / "state"))
-    assert Path(page).read_bytes() == (project / "reports/tiny/index.html").read_bytes()
+    assert Path(page).read_bytes() == (project / "out/tiny/index.html").read_bytes()
 
 
 def test_pruned_trials_reach_the_report(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +173,7 @@ def test_pruned_trials_reach_the_report(project: Path, monkeypatch: pytest.Monke
     assert cut["removed_frac"] == 1 - told["units_after"] / told["units_before"]
     assert (cut["bpb_before"], cut["bpb_after"]) == (told["bpb_before"], told["bpb_after"])
     assert pruned["delta_bpb"].to_list() == (pruned["bpb_after"] - pruned["bpb_before"]).to_list()
-    report = (project / "reports/tiny/report.md").read_text()
+    report = (project / "out/tiny/report.md").read_text()
     assert "figures/prune.png" in report
     assert table["run_id"][1][:8] in report[report.index("Prune test, means over seeds") :].split("## ")[0]
     assert "Everything agrees." in ablate(project, "doctor")

@@ -22,10 +22,13 @@ from ablate.study.forecast import forecast
 from ablate.study.records import save_plan
 from ablate.study.runner import Outcome, run_study
 from ablate.tracking import tags
+from ablate.tracking.logged import logged
 from ablate.tracking.reproduce import reproduce
 from ablate.tracking.store import default_uri
 from ablate.tracking.tracker import MlflowTracker, MlflowTrial
+from ablate.training.checkpoint import load_model
 from ablate.training.result import Evaluation
+from ablate.training.runs import find_checkpoint, is_own
 from ablate.training.trial import run_trial
 
 ROOT = Path(__file__).parents[2]
@@ -54,10 +57,17 @@ def test_a_tracked_trial_is_reproduced_from_its_run_bit_for_bit(project: Path) -
     layout = Layout(project, "tiny")
     record = load_record(layout.record(sorted(layout.done())[0]))
     assert record.run_id is not None
-    again = reproduce(record.run_id, project)
+    weights = project / "state/trials" / record.trial / "model.pt"
+    assert not weights.exists()
+    again = reproduce(record.trial[:8], project, keep=True)
     assert again.trial == record.trial
     assert sorted(again.before) == [0, 4, 8]
     assert again.equal, again
+    assert again.weights == weights
+    trial, origin, before = logged(record.run_id, project, None)
+    assert (trial, before) == (record.config, again.before), "another machine has only what MLflow knows"
+    assert origin[tags.VERSIONS] == json.dumps(record.provenance.versions, sort_keys=True)
+    assert is_own(find_checkpoint(record.trial, project), load_model(weights)[1], project)
     assert set(again.changed) <= {tags.GIT_COMMIT, tags.GIT_DIRTY}, "the same machine, data and threads"
 
 
@@ -69,7 +79,7 @@ def test_a_published_trial_is_reproduced_in_a_clone_without_mlflow(project: Path
     kept.mkdir(parents=True)
     for path in collect("tiny", project).glob("*.parquet"):
         shutil.copyfile(path, kept / path.name)
-    again = reproduce(record.run_id[:8], tmp_path, data_root=project / "data")
+    again = reproduce(record.trial, tmp_path, data_root=project / "data")
     assert again.trial == record.trial
     assert sorted(again.before) == [0, 4, 8]
     assert again.equal, again
@@ -85,14 +95,19 @@ def test_a_published_trial_is_reproduced_in_a_clone_without_mlflow(project: Path
     history = pl.read_parquet(kept / "history.parquet")
     history.with_columns(pl.col("bpb") + 1e-12).write_parquet(kept / "history.parquet")
     assert not reproduce(record.run_id, tmp_path, data_root=project / "data").equal
-    twin = pl.read_parquet(kept / "trials.parquet").with_columns(run_id=pl.lit(record.run_id[:12]) + pl.col("arm"))
+    twin = pl.read_parquet(kept / "trials.parquet").with_columns(
+        run_id=pl.lit(record.run_id[:12]) + pl.col("arm"), trial=pl.lit("f") + pl.col("trial")
+    )
     (tmp_path / "reports/twin/data").mkdir(parents=True)
     twin.write_parquet(tmp_path / "reports/twin/data/trials.parquet")
     with pytest.raises(ConfigError, match=r"could be any of .*give more of its id"):
         reproduce(record.run_id[:8], tmp_path)
     for foreign in ("0123456789abcdef", record.run_id[:7]):
-        with pytest.raises(ConfigError, match=r"is unknown at .* and in reports/\*/data"):
+        with pytest.raises(ConfigError, match="is unknown: no result in 'results' and no published one"):
             reproduce(foreign, tmp_path)
+    assert not (tmp_path / "state").exists(), "nothing asked for MLflow"
+    with pytest.raises(ConfigError, match=r"is unknown: no result .* and no run at sqlite:"):
+        reproduce("f" * 32, tmp_path)
 
 
 def test_real_runs_carry_data_code_and_balance(project: Path) -> None:

@@ -55,8 +55,8 @@ def test_only_what_is_read_of_usage_is_kept_and_it_gives_the_same_data(tmp_path:
     since = usage.with_columns(window=pl.lit("train"), count=pl.col("count") * 3)
     pl.concat([usage, since]).write_parquet(path)
     build("demo", tmp_path)
-    report = tmp_path / "reports/demo"
-    full = {p.name: p.read_bytes() for p in (*report.glob("tables/*.csv"), report / "findings.json")}
+    own, report = tmp_path / "out/demo", tmp_path / "reports/demo"
+    full = {p.name: p.read_bytes() for p in (*own.glob("tables/*.csv"), own / "findings.json")}
     assert "mechanism_prediction.csv" in full
     kept = pl.read_parquet(publish("demo", tmp_path) / "usage.parquet")
     assert {p.name: p.read_bytes() for p in (*report.glob("tables/*.csv"), report / "findings.json")} == full
@@ -75,10 +75,13 @@ def test_only_what_is_read_of_usage_is_kept_and_it_gives_the_same_data(tmp_path:
 
 def test_a_published_report_names_its_pictures_unless_git_keeps_them(tmp_path: Path) -> None:
     write_study(tmp_path, factors={"tree.mirror": [0.0, 1.0]}, controls=False, tune=False, usage=1, diverged=False)
-    report = build("demo", tmp_path)
+    own = build("demo", tmp_path)
     picture = "![Differences in bits per byte](figures/verdicts_bpb.png)"
-    assert picture in (report / "report.md").read_text()
-    publish("demo", tmp_path)
+    assert picture in (own / "report.md").read_text()
+    before = {p: p.read_bytes() for p in own.rglob("*") if p.is_file()}
+    report = publish("demo", tmp_path).parent
+    redraw("demo", tmp_path)
+    assert {p: p.read_bytes() for p in own.rglob("*") if p.is_file()} == before, "the user's own report is not touched"
     text = (report / "report.md").read_text()
     assert "![" not in text
     assert "Figure `figures/verdicts_bpb.png`: Differences in bits per byte." in text

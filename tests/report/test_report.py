@@ -35,7 +35,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def findings(root: Path) -> dict[str, Any]:
-    return dict(json.loads((root / "reports/demo/findings.json").read_text()))
+    return dict(json.loads((root / "out/demo/findings.json").read_text()))
 
 
 def files(folder: Path) -> dict[str, str]:
@@ -47,10 +47,10 @@ def files(folder: Path) -> dict[str, str]:
 
 
 def test_same_tables_give_the_same_bytes(root: Path) -> None:
-    before = files(root / "reports/demo")
+    before = files(root / "out/demo")
     analyse("demo", root)
     build("demo", root, "http://127.0.0.1:5000")
-    assert files(root / "reports/demo") == before
+    assert files(root / "out/demo") == before
     assert {p.split("/")[0] for p in before} == {
         "findings.json",
         "metrics.json",
@@ -110,20 +110,20 @@ def test_diverged_runs_stay_and_are_listed(findings: dict[str, Any]) -> None:
 
 
 def test_all_views_are_there_and_missing_data_name_their_command(root: Path) -> None:
-    page = (root / "reports/demo/index.html").read_text(encoding="utf-8")
+    page = (root / "out/demo/index.html").read_text(encoding="utf-8")
     assert len(re.findall(r"<section id=", page)) == len(VIEWS) - 1  # two are empty and share one
     missing = [unescape(m) for m in re.findall(r'<li class="missing">(.*?)</li>', page)]
     assert len(missing) == 2  # the mechanism and the prune test
     assert all("ablate study run studies/" in m for m in missing)
     assert "ablate prune RUN" in missing[1]
-    text = (root / "reports/demo/report.md").read_text(encoding="utf-8")
+    text = (root / "out/demo/report.md").read_text(encoding="utf-8")
     assert "Not part of this study: Does pruning follow the backward pass?; Prune test." in text
     assert 'href="http://127.0.0.1:5000/#/runs/' in page
     assert len(page.encode()) < 15e6
 
 
 def test_hostile_names_stay_text(root: Path) -> None:
-    folder = root / "reports/demo"
+    folder = root / "out/demo"
     page = (folder / "index.html").read_text(encoding="utf-8")
     assert page.count("<script>alert") == 0
     assert "&lt;script&gt;alert(1)" in page

@@ -45,7 +45,7 @@ CASES: dict[str, dict[str, Any]] = {
 def test_every_kind_of_search_has_a_report(tmp_path: Path, case: str) -> None:
     write_search(tmp_path, **CASES[case])
     page = (build("hunt", tmp_path) / "index.html").read_text(encoding="utf-8")
-    text = (tmp_path / "reports/hunt/report.md").read_text(encoding="utf-8")
+    text = (tmp_path / "out/hunt/report.md").read_text(encoding="utf-8")
     assert "No comparison could be made" not in page
     assert "two seeds" not in page
     sections = re.findall(r'<section id="([^"]+)"', page)
@@ -75,7 +75,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_candidates_have_short_names_and_columns(root: Path) -> None:
-    table = (root / "reports/hunt/tables/candidates.csv").read_text(encoding="utf-8").splitlines()
+    table = (root / "out/hunt/tables/candidates.csv").read_text(encoding="utf-8").splitlines()
     assert table[0].startswith("arm,rank,set tree.depth,set tree.leaf_width,set tree.mirror")
     assert "set tree.trees" in table[0]
     assert len(table) == 26
@@ -83,14 +83,14 @@ def test_candidates_have_short_names_and_columns(root: Path) -> None:
 
 
 def test_the_same_tables_give_the_same_bytes(root: Path) -> None:
-    before = files(root / "reports/hunt")
-    (root / "reports/hunt/findings.json").unlink()
+    before = files(root / "out/hunt")
+    (root / "out/hunt/findings.json").unlink()
     build("hunt", root)
-    assert files(root / "reports/hunt") == before
+    assert files(root / "out/hunt") == before
 
 
 def test_the_findings_are_documented(root: Path) -> None:
-    found = json.loads((root / "reports/hunt/findings.json").read_text(encoding="utf-8"))
+    found = json.loads((root / "out/hunt/findings.json").read_text(encoding="utf-8"))
     documented = Path("docs/findings.md").read_text(encoding="utf-8")
     search = found["search"]
     parts = [search, *(search[k][0] for k in ("objectives", "candidates", "finalists", "history", "surrogate"))]
@@ -101,7 +101,7 @@ def test_the_findings_are_documented(root: Path) -> None:
 @pytest.mark.browser
 @pytest.mark.parametrize("size", ["desktop", "phone", "no scripts"])
 def test_the_page_in_a_browser(root: Path, size: str) -> None:
-    path = root / "reports/hunt/index.html"
+    path = root / "out/hunt/index.html"
     with chromium() as browser:
         page, errors, requests = opened(browser, path, size)
         assert errors == []

@@ -87,7 +87,7 @@ def test_findings_are_logged_once_to_one_run_of_the_study(root: Path) -> None:
     (root / "studies").mkdir()
     (root / "studies" / "cheap.yaml").write_text(study.model_dump_json(exclude_unset=True))
     save_plan(Layout(root, "cheap"), expand(study))
-    folder = root / "reports" / "cheap"
+    folder = Layout(root, "cheap").report
     (folder / "figures").mkdir(parents=True)
     (folder / "figures" / "a.svg").write_text("<svg/>")
     (folder / "findings.json").write_text("1")

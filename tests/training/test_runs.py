@@ -30,7 +30,7 @@ def keep(root: Path) -> Path:
     return weights
 
 
-@pytest.mark.parametrize("name", [TRIAL, RUN])
+@pytest.mark.parametrize("name", [TRIAL, RUN, TRIAL[:8], RUN[:8]])
 def test_a_trial_and_a_run_lead_to_the_weights(root: Path, name: str) -> None:
     weights = keep(root)
     assert find_checkpoint(name, root) == weights
@@ -40,8 +40,8 @@ def test_a_trial_and_a_run_lead_to_the_weights(root: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        (TRIAL, "run '0123456789ab' of study 'laptop' kept no weights: set train.keep_checkpoint to true"),
-        (RUN, "of study 'laptop' kept no weights: set train.keep_checkpoint"),
+        (TRIAL, "run '0123456789ab' of study 'laptop' kept no weights: `ablate reproduce 0123456789ab --keep`"),
+        (RUN, "of study 'laptop' kept no weights: .* \\(train.keep_checkpoint: true under base"),
         ("aaaaaaaaaaaa", "ended diverged: only finished ones keep weights"),
         ("bbbbbbbbbbbb", "run 'bbbbbbbbbbbb' is not known: no result in"),
         ("e" * 32, "is not known: no result in"),
@@ -52,6 +52,12 @@ def test_what_is_not_there_is_said_in_a_line(root: Path, name: str, message: str
     with pytest.raises(ConfigError, match=message) as caught:
         find_checkpoint(name, root)
     assert "\n" not in str(caught.value)
+
+
+def test_a_name_of_several_trials_is_refused(root: Path) -> None:
+    (root / "results/laptop" / f"{TRIAL[:8]}ffff.json").write_text("{}")
+    with pytest.raises(ConfigError, match="could be any of 0123456789ab, 01234567ffff: give more of its name"):
+        find_checkpoint(TRIAL[:8], root)
 
 
 def test_a_folder_without_weights_is_refused(root: Path) -> None:

@@ -1,0 +1,80 @@
+"""What DVC's commands do to the files of a user: they stay, settings and metrics are listed, plots need no network."""
+
+from __future__ import annotations
+
+import csv
+import io
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.test_pipeline import ROOT, TINY, dvc, make_project
+
+MADE = (
+    "results/{}/plan.json",
+    "results/{}/0123456789ab.json",
+    "tables/{}/trials.parquet",
+    "out/{}/findings.json",
+    "out/{}/index.html",
+    "out/{}/report.md",
+    "out/{}/figures/a.png",
+    "out/{}/tables/a.csv",
+    "out/{}/plots/bpb.csv",
+    "out/{}/plots/balance.csv",
+    "out/{}/plots/effects.csv",
+)
+
+
+def made(study: str) -> list[str]:
+    """Return the names of the files that a finished study has."""
+    return [place.format(study) for place in MADE]
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ("-c", "user.name=a", "-c", "user.email=a@example.org")
+    return subprocess.run(["git", *identity, *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout with two studies, both done as far as DVC knows; files hold their own names."""
+    folder = make_project(tmp_path_factory.mktemp("dvc") / "project", dict.fromkeys(("mine", "other"), TINY), git=True)
+    shutil.copy(ROOT / ".gitignore", folder)
+    for study in ("mine", "other"):
+        for name in (*made(study), f"data/cards/{study}.json", f"out/{study}/metrics.json"):
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text('{"trials": 2}' if path.suffix == ".json" else "step,bpb\n0,8\n")
+    git(folder, "add", "-A")
+    git(folder, "commit", "-qm", "start")
+    dvc(folder, "commit", "-f")
+    return folder
+
+
+def test_a_checkout_with_results_and_reports_is_clean_but_for_the_lock(finished: Path) -> None:
+    assert git(finished, "status", "--porcelain") == "?? dvc.lock\n"
+
+
+def test_an_experiment_on_another_study_removes_nothing(finished: Path) -> None:
+    before = {name: (finished / name).read_bytes() for name in made("mine") + made("other")}
+    said = dvc(finished, "exp", "run", "-n", "one", "-S", "studies=[other]")
+    assert "Stage 'study@other' didn't change, skipping" in said
+    dvc(finished, "checkout", "--force")
+    assert {name: (finished / name).read_bytes() for name in before} == before
+
+
+def test_an_experiment_lists_settings_and_metrics(finished: Path) -> None:
+    rows = csv.DictReader(io.StringIO(dvc(finished, "exp", "show", "--csv")))
+    [row] = [row for row in rows if row["Experiment"] == "one"]
+    assert row["studies"] == "['other']"
+    assert row["trials"] == "2"
+    assert row["studies/other.yaml:base.train.steps"] == "8"
+
+
+def test_a_dry_run_of_a_fresh_clone_lists_every_stage(finished: Path, tmp_path: Path) -> None:
+    git(tmp_path, "clone", "-q", str(finished), "clone")
+    said = dvc(tmp_path / "clone", "repro", "--dry", "--force")
+    assert [f"Running stage '{stage}@mine'" in said for stage in ("prepare", "study", "collect", "analyse", "report")]
+    assert "ablate report other" in said
