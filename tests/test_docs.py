@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import ablate
-from ablate.config import Study, parse
+from ablate.config import Study, parse, schema
 from ablate.study.designs import expand
 from tools import api_pages, settings_page
 
@@ -20,8 +20,22 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("example
 
 
 def test_the_settings_page_is_written_from_the_settings_that_exist() -> None:
-    text = settings_page.PAGE.read_text(encoding="utf-8")
-    assert text == settings_page.page(text), "run `make docs-settings`"
+    assert settings_page.main("--check") == 0, "run `make docs-settings`"
+
+
+def test_every_setting_has_a_meaning() -> None:
+    rendered = settings_page.render()
+    empty = [line for line in rendered.splitlines() if line.startswith("| `") and line.endswith("|  |")]
+    assert empty == []
+
+
+def test_the_schema_of_study_files_takes_shipped_ones_and_refuses_mistakes() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    check = jsonschema.Draft202012Validator(schema.schema())
+    for path in [*ROOT.glob("studies/*.yaml"), *ROOT.glob("examples/*.yaml")]:
+        assert not list(check.iter_errors(yaml.safe_load(path.read_text(encoding="utf-8")))), path
+    for wrong in ({"facors": {}}, {"base": {"tree": {"dept": 3}}}, {"factors": {"tree.miror": [0]}}, {"design": "x"}):
+        assert list(check.iter_errors(wrong)), wrong
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""Write the settings that exist into docs/studies.md, between its two markers: `make docs-settings`.
+"""Write the settings that exist into docs/studies.md, between its two markers, and the schema of study files:
+`make docs-settings`.
 
 Type, default, allowed values and meaning come from the models' JSON schema, so the docstring below a field is the only
 place where its meaning is written.
@@ -11,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ablate.config import PRESETS, Study, Trial
+from ablate.config import schema as study_schema
 
 PAGE = Path(__file__).parents[1] / "docs/studies.md"
+SCHEMA = Path(__file__).parents[1] / "studies" / study_schema.FILE
 START, END = "<!-- settings: written by `make docs-settings` -->\n", "<!-- end of settings -->\n"
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 SCALAR = {"boolean", "integer", "number", "string"}
@@ -126,14 +129,14 @@ def _presets() -> str:
 
 
 def main(*arguments: str) -> int:
-    """Write the page; with `--check`, only return 1 where it is out of date."""
-    old = PAGE.read_text(encoding="utf-8")
-    new = page(old)
-    if "--check" not in arguments:
-        PAGE.write_text(new, encoding="utf-8")
-    elif new != old:
-        print("docs/studies.md is out of date: run `make docs-settings`")
-        return 1
+    """Write page and schema; with `--check`, only return 1 where it is out of date."""
+    new = {PAGE: page(PAGE.read_text(encoding="utf-8")), SCHEMA: study_schema.text()}
+    stale = [path for path, text in new.items() if not (path.exists() and path.read_text(encoding="utf-8") == text)]
+    for path in stale:
+        if "--check" in arguments:
+            print(f"{path.name} is out of date: run `make docs-settings`")
+            return 1
+        path.write_text(new[path], encoding="utf-8")
     return 0
 
 

@@ -10,13 +10,13 @@ from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 
+from ablate import __version__
 from ablate.config import ConfigError, load_study, one_line
 
 app = typer.Typer(
     name="ablate",
     help="Which architectural choices keep tree feed-forward layers balanced, and what each costs.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -31,6 +31,10 @@ StudyFile = Annotated[Path, typer.Argument(help="A study file, such as studies/l
 Name = Annotated[str, typer.Argument(help="A study's name, such as laptop.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 Run = Annotated[str, typer.Argument(help="A trial's hash, an MLflow run's id, or a weights file.", show_default=False)]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Another setting: train.steps=50, or seeds=[0,1]. Repeat it.", show_default=False),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads to compute with; all cores if not given.")]
 
 ROOT = Path()
@@ -39,6 +43,21 @@ DATA = Path("data")
 
 C = TypeVar("C", bound=Callable[..., Any])
 R = TypeVar("R")
+
+
+def _version(shown: bool) -> None:
+    if shown:
+        print(f"ablate {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _start(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> NoReturn:

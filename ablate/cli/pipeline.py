@@ -18,6 +18,7 @@ from ablate.cli.common import (
     ROOT,
     Json,
     Name,
+    Settings,
     StudyFile,
     among,
     app,
@@ -26,8 +27,9 @@ from ablate.cli.common import (
     table_of,
     with_progress,
 )
-from ablate.cli.waiting import Steps, busy
-from ablate.config import ConfigError, load_study
+from ablate.cli.waiting import Steps, busy, say
+from ablate.config import ConfigError, Study, load_study, parse
+from ablate.config.drafts import changed, changed_study
 from ablate.files import write_text
 
 
@@ -74,9 +76,21 @@ def study_run(
     tracking: Annotated[
         str | None, typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflow's URI; SQLite in state/.")
     ] = None,
+    settings: Settings = None,
+    as_name: Annotated[
+        str | None, typer.Option("--as", help="Name of the copy that --set makes.", show_default=False)
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Run every trial of a study that has no result yet. Killed? Call it again: it goes on where it stopped."""
+    """Run every trial of a study that has no result yet. Killed? Call it again: it goes on where it stopped.
+
+    With --set, a copy of the study with these settings is written beside it and run; the study itself stays as it is.
+    """
+    if settings:
+        file = changed_study(file, settings, as_name)
+        say(f"{file}: the study with {', '.join(settings)}")
+    elif as_name:
+        raise ConfigError(f"as is {as_name!r}: it names the copy that --set makes, and --set is not given")
     study = load_study(file)  # before what takes seconds to import
     among([engine], ["local", "ray"], "engine")
 
@@ -200,13 +214,15 @@ def ui(
 def study_plan(
     file: StudyFile,
     workers: Annotated[int, typer.Option(min=1, help="Local processes that the prediction is for.")] = 2,
+    settings: Settings = None,
     as_json: Json = False,
 ) -> None:
     """Show arms or a search's space, trials and the predicted wall time (from a 20-step probe), and run nothing."""
     from ablate.model.counts import count
     from ablate.study.forecast import forecast
 
-    found = forecast(load_study(file), ROOT, workers=workers)
+    study = parse(Study, changed(file, settings)) if settings else load_study(file)
+    found = forecast(study, ROOT, workers=workers)
     rows = []
     for arm in found.plan.arms:
         of_arm = [t for t in found.plan.trials if t.arm == arm.label]

@@ -24,7 +24,9 @@ class Sampler(Settings):
     """What proposes the candidates of a search: one of Optuna's samplers."""
 
     name: Literal["tpe", "cmaes", "gp", "nsga2", "qmc", "random"] = "tpe"
+    """Tree of Parzen estimators, CMA-ES, Gaussian process, genetic, quasi-random or random."""
     seed: Seed = 0
+    """Of the sampler's own random numbers."""
     startup: Positive | None = None
     """tpe, cmaes, gp: candidates drawn at random before the sampler learns; Optuna's default where not given."""
     multivariate: bool = False

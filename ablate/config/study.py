@@ -22,9 +22,13 @@ class Levels(Settings):
     """A factor given as a range, for a search."""
 
     low: float
+    """Smallest value."""
     high: float
+    """Largest value."""
     log: bool = False
+    """Sample on a logarithmic scale."""
     integer: bool = False
+    """Whole numbers only; a field that takes no others needs it not."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -42,7 +46,9 @@ class Factor(Settings):
     """One choice under study: a field of Tree, Model, Dense or Train, with its levels or range."""
 
     levels: Annotated[list[Scalar], Field(min_length=1)] | None = None
+    """The values to compare."""
     range: Levels | None = None
+    """`search`: an interval of values, in place of levels."""
     when: dict[str, Scalar] = {}
     """The factor exists only where these other factors have these levels; elsewhere the base's value is used."""
 
@@ -57,18 +63,26 @@ class Contrast(Settings):
     """A comparison named before the first trial: an arm against the reference arm, one endpoint."""
 
     arm: str
+    """An arm's name."""
     reference: str = "reference"
+    """The arm that it is compared with; `reference` is the base without changes."""
     endpoint: str = BPB.name
+    """What is compared: bpb, n_eff_frac, dead_frac or bits_lost."""
     claim: Literal["lower", "higher", "matches"]
+    """What the arm's value should be against the reference's."""
     margin: Annotated[float, Field(gt=0)]
+    """Smallest difference that counts, in the endpoint's unit; `matches` means within it."""
 
 
 class Budget(Settings):
     """When a search ends; the first limit that is reached counts. Enumerated designs take `trials` as an upper check."""
 
     trials: Positive | None = None
+    """Training runs, a search's finalists included."""
     tokens: Annotated[int, Field(ge=1, le=2**53)] | None = None
+    """Training tokens of all runs together."""
     hours: Annotated[float, Field(gt=0)] | None = None
+    """Hours of all runs together."""
 
 
 # Names that a study cannot have, and why.
@@ -81,10 +95,15 @@ class Study(Settings):
     """One study file."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+    """The file's name without .yaml, where not given; letters, digits, `.`, `_` and `-`."""
     title: str = ""
+    """Heading of the report."""
     notes: str = ""
+    """What a reader of the report should know first."""
     design: Literal["search", "factorial", "one_at_a_time", "confirm"] = "factorial"
+    """How the arms follow from the factors; see above."""
     preset: Preset = "nano"
+    """Sizes that the base starts from; the last table lists them."""
     base: dict[str, Any] = {}
     """Sections of a trial (corpus, model, tree, dense, moe, train, questions), over the preset."""
     factors: dict[str, Factor] = {}
@@ -99,14 +118,18 @@ class Study(Settings):
     """Beside the arms: dense models of equal total or equal active units, each in the dense section's activation and in
     every other one that an arm has; no feed-forward at all; a top-1 mixture of experts (which has a load loss)."""
     seeds: Annotated[list[Seed], Field(min_length=1)] = [0, 1, 2]
+    """Every arm runs once on each; a seed sets the initialisation and the order of the data."""
     match: Literal["total_units", "active_units", "none"] = "none"
+    """Keep this number of units equal to the base's in every arm that changes the trees' shape."""
     tune: Tune | Bracket | None = None
     """How arms get their learning rates: none is one rate for all (the base's), bracket a rule that finds each arm's own;
     a mapping with lr is a grid of rates."""
     objectives: Annotated[list[EndpointName], Field(min_length=1)] = [BPB.name]
+    """`search`: the endpoints to make better; with several it looks for the best trade-offs."""
     pruner: Literal["halving", "median"] | None = None
     """`search` with one objective: end a candidate's first run early where it lags behind others at the same step."""
     budget: Budget = Budget()
+    """`search` needs one of its limits."""
     sampler: Sampler = Sampler()
     """`search`: its name is enough."""
     race: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
@@ -268,6 +291,11 @@ class Study(Settings):
 
 def _sections() -> dict[str, type[Section]]:
     return {"tree": Tree, "model": Model, "dense": Dense, "moe": Mixture, "train": Train}
+
+
+def factor_fields() -> list[str]:
+    """Return the dotted names of all fields that can be factors."""
+    return [f"{section}.{field}" for section, kind in _sections().items() for field in kind.model_fields]
 
 
 def _field(key: str) -> tuple[str, str]:

@@ -29,7 +29,9 @@ class Tune(Settings):
     """A fixed grid: the same learning rates for every arm, on seeds kept apart from the evaluation seeds."""
 
     lr: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2)]
+    """The rates that every arm tries."""
     seeds: Annotated[list[Seed], Field(min_length=1)]
+    """Seeds of these runs; none of the study's."""
 
     @property
     def limits(self) -> tuple[int, int]:
@@ -41,6 +43,7 @@ class Bracket(Settings):
     """A rule that gives each arm a learning rate of its own; "Learning rates" above describes it."""
 
     rule: Literal["bracket"] = "bracket"
+    """The only rule there is."""
     seeds: Annotated[tuple[Seed, ...], Field(min_length=3)] = (900, 901, 902)
     """Every rate is tried on each; kept apart from the study's seeds and the pilot's."""
     rates: Annotated[int, Field(ge=LEAST_RATES, le=41)] = 9
