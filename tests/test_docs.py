@@ -34,7 +34,13 @@ def test_the_schema_of_study_files_takes_shipped_ones_and_refuses_mistakes() -> 
     check = jsonschema.Draft202012Validator(schema.schema())
     for path in [*ROOT.glob("studies/*.yaml"), *ROOT.glob("examples/*.yaml")]:
         assert not list(check.iter_errors(yaml.safe_load(path.read_text(encoding="utf-8")))), path
-    for wrong in ({"facors": {}}, {"base": {"tree": {"dept": 3}}}, {"factors": {"tree.miror": [0]}}, {"design": "x"}):
+    mistakes: list[dict[str, object]] = [
+        {"facors": {}},
+        {"base": {"tree": {"dept": 3}}},
+        {"factors": {"tree.miror": [0]}},
+        {"design": "x"},
+    ]
+    for wrong in mistakes:
         assert list(check.iter_errors(wrong)), wrong
 
 

@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -31,6 +31,9 @@ from ablate.cli.waiting import Steps, busy, say
 from ablate.config import ConfigError, Study, load_study, parse
 from ablate.config.drafts import changed, changed_study
 from ablate.files import write_text
+
+if TYPE_CHECKING:
+    from ablate.study.outcome import Outcome
 
 
 @app.command()
@@ -94,19 +97,14 @@ def study_run(
     study = load_study(file)  # before what takes seconds to import
     among([engine], ["local", "ray"], "engine")
 
-    from ablate.study.runner import Engine, run_study
-    from ablate.tracking.store import default_uri
-    from ablate.tracking.tracker import MlflowTracker
+    from ablate.study.outcome import finished, remember
 
-    tracker = MlflowTracker(tracking or default_uri(ROOT.resolve()))
-    place: Engine | None = None
-    if engine == "ray":
-        try:
-            from ablate.study.ray_engine import RayEngine
-        except ModuleNotFoundError:
-            raise ConfigError("engine is 'ray': it needs the extra `ray`; pip install -e '.[ray]'") from None
-        place = RayEngine(workers, address, cpus_per_trial=cpus_per_trial, gpus_per_trial=gpus_per_trial)
-    outcome = run_study(study, ROOT, workers=workers, storage=storage, tracker=tracker, engine=place)
+    places = [storage, tracking]
+    outcome = finished(study, ROOT, places)
+    if outcome is None:
+        ray = (address, cpus_per_trial, gpus_per_trial) if engine == "ray" else None
+        outcome = _run(study, workers, storage, tracking, ray)
+        remember(study, ROOT, places, outcome)
     if as_json:
         print(json.dumps(dataclasses.asdict(outcome)))
     else:
@@ -114,6 +112,31 @@ def study_run(
     for failure in outcome.failed:
         print(f"ablate: failed: {failure}", file=sys.stderr)
     raise typer.Exit(outcome.exit_code)
+
+
+def _run(
+    study: Study,
+    workers: int,
+    storage: str | None,
+    tracking: str | None,
+    ray: tuple[str | None, int, float] | None,
+) -> Outcome:
+    """Run a study with local workers, or on Ray with an address, cores and GPUs a trial."""
+    with busy("starting"):  # imports take seconds
+        from ablate.study.runner import Engine, run_study
+        from ablate.tracking.store import default_uri
+        from ablate.tracking.tracker import MlflowTracker
+
+    engine: Engine | None = None
+    if ray is not None:
+        try:
+            from ablate.study.ray_engine import RayEngine
+        except ModuleNotFoundError:
+            raise ConfigError("engine is 'ray': it needs the extra `ray`; pip install -e '.[ray]'") from None
+        address, cpus, gpus = ray
+        engine = RayEngine(workers, address, cpus_per_trial=cpus, gpus_per_trial=gpus)
+    tracker = MlflowTracker(tracking or default_uri(ROOT.resolve()))
+    return run_study(study, ROOT, workers=workers, storage=storage, tracker=tracker, engine=engine)
 
 
 @app.command()
@@ -217,12 +240,12 @@ def study_plan(
     settings: Settings = None,
     as_json: Json = False,
 ) -> None:
-    """Show arms or a search's space, trials and the predicted wall time (from a 20-step probe), and run nothing."""
+    """Show arms or a search's space, trials and the predicted wall time (from short probes), and run nothing."""
     from ablate.model.counts import count
     from ablate.study.forecast import forecast
 
     study = parse(Study, changed(file, settings)) if settings else load_study(file)
-    found = forecast(study, ROOT, workers=workers)
+    found = forecast(study, ROOT, workers=workers, say=(lambda text: None) if as_json else say)
     rows = []
     for arm in found.plan.arms:
         of_arm = [t for t in found.plan.trials if t.arm == arm.label]

@@ -51,6 +51,11 @@ class Layout:
         return self.root / "state"
 
     @property
+    def finished(self) -> Path:
+        """A note that the study is done, with what it was made of (study.outcome)."""
+        return self.state / "finished" / f"{self.study}.json"
+
+    @property
     def tables(self) -> Path:
         """What `collect` writes."""
         return self.root / "tables" / self.study

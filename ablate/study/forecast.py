@@ -7,9 +7,9 @@ import multiprocessing
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import mean, median
 
@@ -17,14 +17,18 @@ import numpy as np
 
 from ablate.config import Questions, Study, Trial
 from ablate.config.tune import Trace
+from ablate.model.counts import count
 from ablate.results.layout import Layout
 from ablate.study.designs import Plan, expand
 from ablate.study.engines import THREAD_VARIABLES, available_cpus, environment
+from ablate.study.kernels import compile_kernels
 from ablate.study.rates import traces
 from ablate.study.space import Space
 from ablate.training.result import Evaluation
 
 PROBE_STEPS = 20
+# Held-out tokens of a probe's evaluations, where a trial has more.
+PROBE_TOKENS = 16384
 # Of a worker process until its first trial trains: imports of torch, Lightning, Optuna and MLflow.
 START_SECONDS = 8.0
 # Random candidates of a search whose mean cost is taken for all.
@@ -50,10 +54,18 @@ class Forecast:
     """For a search, each factor with its values and where it exists."""
 
 
-def forecast(study: Study, root: Path, *, workers: int = 1, data_root: Path | None = None) -> Forecast:
-    """Predict the wall time from a 20-step probe of each distinct shape, run as the workers would run it.
+def forecast(
+    study: Study,
+    root: Path,
+    *,
+    workers: int = 1,
+    data_root: Path | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Forecast:
+    """Predict the wall time from 20-step probes of the cheapest and the dearest shape, run as the workers would run them.
 
-    Nothing that it trains is kept. Raises ConfigError like `run_study`.
+    Of each kind of layer (trees, dense, mixture, none) two shapes are measured; those between follow from their FLOPs.
+    Nothing that it trains is kept. `say` prints a line of progress. Raises ConfigError like `run_study`.
     """
     layout = Layout(root, study.name)
     done = layout.done()
@@ -68,7 +80,12 @@ def forecast(study: Study, root: Path, *, workers: int = 1, data_root: Path | No
         coming, perhaps = to_come(plan, known)
         trials += [trial for trial, _ in coming]
         arms += [arm for _, arm in coming]
-    costs = measure(_shapes(trials), root=root, data_root=data_root or root / "data", workers=workers)
+    shapes = _shapes(trials)
+    ends = _ends(shapes)
+    if ends:
+        compile_kernels(ends.values(), root, say)
+        say(f"measuring {PROBE_STEPS} steps of {len(ends)} of {len(shapes)} shapes")
+    costs = _between(shapes, measure(ends, root=root, data_root=data_root or root / "data", workers=workers))
     each = [costs[_shape(trial)] for trial in trials]
     seconds = sum(c.seconds(t) for c, t in zip(each, trials, strict=True)) / workers
     by_arm = {arm: c.seconds(t) for arm, c, t in zip(arms, each, trials, strict=True)}
@@ -124,6 +141,33 @@ def _shapes(trials: Iterable[Trial]) -> dict[str, Trial]:
     return shapes
 
 
+def _flops(trial: Trial) -> float:
+    return count(trial, trial.corpus.vocab_size).flops_per_token
+
+
+def _ends(shapes: Mapping[str, Trial]) -> dict[str, Trial]:
+    """Return the cheapest and the dearest shape of each kind of layer."""
+    kinds: dict[str, list[str]] = {}
+    for shape, trial in sorted(shapes.items(), key=lambda item: _flops(item[1])):
+        kinds.setdefault(trial.model.feedforward, []).append(shape)
+    return {shape: shapes[shape] for ordered in kinds.values() for shape in dict.fromkeys((ordered[0], ordered[-1]))}
+
+
+def _between(shapes: Mapping[str, Trial], measured: Mapping[str, Cost]) -> dict[str, Cost]:
+    """Return the cost of every shape: as measured, or between the two of its kind in proportion to FLOPs."""
+    found = dict(measured)
+    for shape, trial in shapes.items():
+        if shape not in found:
+            kind = trial.model.feedforward
+            low, high = sorted(
+                (s for s in measured if shapes[s].model.feedforward == kind), key=lambda s: _flops(shapes[s])
+            )
+            span = _flops(shapes[high]) - _flops(shapes[low])
+            part = (_flops(trial) - _flops(shapes[low])) / span if span else 0.5
+            found[shape] = measured[low].towards(measured[high], part)
+    return found
+
+
 def evaluations(trial: Trial) -> int:
     """Evaluations of a whole trial: step 0, every `eval_every` steps, the last step."""
     train = trial.train
@@ -144,6 +188,11 @@ class Cost:
     """Before the first step: data, model, calibration."""
     step: float
     evaluation: float
+
+    def towards(self, other: Cost, part: float) -> Cost:
+        """Return the cost at a part (0 to 1) of the way to another."""
+        mixed = ((1 - part) * getattr(self, f.name) + part * getattr(other, f.name) for f in fields(self))
+        return Cost(*mixed)
 
     def seconds(self, trial: Trial) -> float:
         """A whole trial of this shape."""
@@ -215,11 +264,18 @@ def _probe(trial: Trial, data_root: Path, folder: Path, threads: int) -> Cost:
     run_trial(warm, data_root=data_root, folder=folder.with_name(f"{folder.name}.warm"), threads=threads, resume=False)
     clock = _Clock()
     started = time.perf_counter()
+    tokens = min(trial.train.eval_tokens, max(PROBE_TOKENS, 64 * trial.tree.leaves))
     result = run_trial(
-        short(PROBE_STEPS), data_root=data_root, folder=folder, observer=clock, threads=threads, resume=False
+        short(PROBE_STEPS, eval_tokens=tokens),
+        data_root=data_root,
+        folder=folder,
+        observer=clock,
+        threads=threads,
+        resume=False,
     )
     step = step_seconds(result.history, skip=1)
     whole = clock.evaluated_at[-1] - clock.evaluated_at[0]
     evaluation = max(0.0, (whole - result.history[-1].seconds) / (len(result.history) - 1))
     ended = time.perf_counter() - clock.evaluated_at[-1]
-    return Cost(setup=max(0.0, clock.evaluated_at[0] - started - evaluation) + ended, step=step, evaluation=evaluation)
+    setup = max(0.0, clock.evaluated_at[0] - started - evaluation) + ended
+    return Cost(setup=setup, step=step, evaluation=evaluation * trial.train.eval_tokens / tokens)

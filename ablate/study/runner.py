@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -25,6 +25,8 @@ from ablate.study.candidates import Candidates
 from ablate.study.designs import Plan, expand
 from ablate.study.engines import LocalEngine, host
 from ablate.study.job import Event, Job, Run, disk_full
+from ablate.study.kernels import compile_kernels
+from ablate.study.outcome import Outcome
 from ablate.study.progress import Display
 from ablate.study.queue import Queue
 from ablate.study.rates import traces
@@ -50,28 +52,6 @@ class Engine(Protocol):
     def reap(self) -> list[tuple[str, int]]: ...  # noqa: D102
     def stop(self) -> None: ...  # noqa: D102
     def kill(self) -> None: ...  # noqa: D102
-
-
-@dataclass(slots=True)
-class Outcome:
-    """How a run of a study ended."""
-
-    done: int
-    total: int
-    """Trials of the plan; for a search its budget, or as many as are done."""
-    failed: list[str] = field(default_factory=list)
-    """Trials given up after their retries, each `arm, seed: message`."""
-    signal: int | None = None
-    """The signal that ended it early."""
-    message: str = ""
-    """Why it stopped early, where no signal did."""
-
-    @property
-    def exit_code(self) -> int:
-        """0 complete; 1 trials failed or the machine could not go on; 128 + n after signal n (SIGTERM: 143)."""
-        if self.signal is not None:
-            return 128 + self.signal
-        return 1 if self.failed or self.message else 0
 
 
 def run_study(
@@ -136,6 +116,11 @@ def run_study(
         if tracker:
             with display.busy("opening MLflow"):
                 tracker.start_study(job.plan, layout, card)
+        if run is None and isinstance(engine, LocalEngine):
+            done = layout.done()
+            waiting = [t.trial for t in job.plan.trials if t.hash not in done]
+            waiting += [study.trial({})] if job.plan.racing else []
+            compile_kernels(waiting, root, display.say, lambda: signals.received is not None)
         outcome = _Session(job, engine, queue, signals, display).run()
         if tracker:
             status = "killed" if outcome.signal else "failed" if outcome.exit_code else "finished"

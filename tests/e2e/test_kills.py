@@ -25,7 +25,8 @@ from mlflow.tracking import MlflowClient
 from ablate.results.layout import Layout
 from ablate.results.record import load_record
 from ablate.study.designs import expand
-from ablate.study.runner import Outcome, run_study
+from ablate.study.outcome import Outcome
+from ablate.study.runner import run_study
 from ablate.tracking import tags
 from ablate.tracking.doctor import doctor
 from ablate.tracking.store import default_uri

@@ -19,8 +19,9 @@ from ablate.results.layout import Layout
 from ablate.results.record import Record, load_record
 from ablate.study.designs import expand
 from ablate.study.forecast import forecast
+from ablate.study.outcome import Outcome
 from ablate.study.records import save_plan
-from ablate.study.runner import Outcome, run_study
+from ablate.study.runner import run_study
 from ablate.tracking import tags
 from ablate.tracking.logged import logged
 from ablate.tracking.reproduce import reproduce

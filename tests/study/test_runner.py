@@ -21,9 +21,10 @@ from ablate.results.layout import Layout
 from ablate.results.record import load_record
 from ablate.study.address import default_storage
 from ablate.study.designs import expand
+from ablate.study.outcome import Outcome
 from ablate.study.progress import Display
 from ablate.study.queue import Queue
-from ablate.study.runner import Outcome, run_study
+from ablate.study.runner import run_study
 from ablate.study.storage import open_storage
 from tests.study import objective
 

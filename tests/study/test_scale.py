@@ -12,8 +12,9 @@ import pytest
 from ablate.results.layout import Layout
 from ablate.study.address import default_storage
 from ablate.study.designs import expand
+from ablate.study.outcome import Outcome
 from ablate.study.queue import Queue
-from ablate.study.runner import Outcome, run_study
+from ablate.study.runner import run_study
 from ablate.study.storage import open_storage
 from ablate.tracking.store import default_uri
 from ablate.tracking.tracker import MlflowTracker

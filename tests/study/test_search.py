@@ -20,7 +20,7 @@ from ablate.config import ConfigError
 from ablate.results.layout import Layout
 from ablate.study.address import default_storage
 from ablate.study.designs import expand
-from ablate.study.runner import Outcome
+from ablate.study.outcome import Outcome
 from ablate.study.samplers import key_of, propose
 from ablate.study.space import Space
 from ablate.study.status import status

@@ -12,8 +12,9 @@ from ablate.results.layout import Layout
 from ablate.results.record import load_record
 from ablate.study.address import default_storage
 from ablate.study.designs import expand
+from ablate.study.outcome import Outcome
 from ablate.study.queue import Queue
-from ablate.study.runner import Outcome, run_study
+from ablate.study.runner import run_study
 from ablate.study.status import status
 from ablate.study.storage import open_storage
 from ablate.tracking import tags
