@@ -6,6 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ablate.api import load as load
+    from ablate.api import run_study as run_study
+    from ablate.config import Study as Study
     from ablate.config import Tree as Tree
     from ablate.model.convert import convert as convert
     from ablate.model.convert import from_pretrained as from_pretrained
@@ -14,10 +17,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Study": "ablate.config",
     "Tree": "ablate.config",
     "TreeFeedForward": "ablate.model.tree",
     "convert": "ablate.model.convert",
     "from_pretrained": "ablate.model.convert",
+    "load": "ablate.api",
+    "run_study": "ablate.api",
 }
 __all__ = tuple(_HOME)
 

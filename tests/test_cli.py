@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from ablate.cli.common import app
+from ablate import __version__
+from ablate.cli.common import app, main
+from ablate.config import ConfigError
+from ablate.config.drafts import placed_study
 
 ABLATE = Path(sys.executable).parent / "ablate"
 COMMANDS = [[c.name or c.callback.__name__] for c in app.registered_commands if c.callback] + [
@@ -80,14 +83,39 @@ def test_bad_input_is_one_line_and_exit_code_2(
         (tmp_path / "studies" / "x.yaml").write_text(study)
     done = ablate(tmp_path, *arguments)
     assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("ablate: ")
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1
+    *waiting, said = done.stderr.splitlines()
+    assert said.startswith("ablate: ")
+    assert message in said
+    assert all(line.endswith(" ...") for line in waiting), "what takes long before the mistake is found is said"
     assert "Traceback" not in done.stderr + done.stdout
     assert not (tmp_path / "results").exists()
+
+
+def test_windows_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "ablate: Windows is not supported: use WSL 2, which is Linux\n"
+
+
+def test_version(tmp_path: Path) -> None:
+    assert ablate(tmp_path, "--version").stdout == f"ablate {__version__}\n"
+
+
+def test_a_study_from_elsewhere_is_copied_to_its_place(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("factors: {tree.mirror: [0, 1]}\n")
+    assert placed_study(tmp_path / "x.yaml", tmp_path).name == "x"
+    assert (tmp_path / "studies/x.yaml").read_text() == "factors: {tree.mirror: [0, 1]}\n"
+    (tmp_path / "x.yaml").write_text("factors: {tree.mirror: [0, -1]}\n")
+    with pytest.raises(ConfigError, match="which has its name: change that one, or rename this"):
+        placed_study(tmp_path / "x.yaml", tmp_path)
 
 
 def test_binary_study_file(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_bytes(b"\x00\xff\x9c")
     done = ablate(tmp_path, "study", "run", "x.yaml")
-    assert (done.returncode, done.stderr) == (2, "ablate: study file 'x.yaml' is not text: a YAML file is expected\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "ablate: study file 'x.yaml' is not text in UTF-8: byte 0xff at line 1\n",
+    )

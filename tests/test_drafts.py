@@ -29,14 +29,16 @@ def test_a_new_study_can_be_planned(design: Design, tmp_path: Path) -> None:
 def test_other_settings_make_another_study(tmp_path: Path) -> None:
     old = new_study("mine", "factorial", tmp_path)
     before = old.read_bytes()
-    settings = ["train.steps=50", "seeds=[7, 8]", "corpus.source=files", "corpus.path=texts/*.txt"]
+    settings = ["train.steps=50", "seeds=[7, 8]", "corpus.source=files", "corpus.path=texts/*.txt", "tree={depth: 3}"]
     path = changed_study(old, settings)
     assert path.parent == old.parent
     study = load_study(path)
     assert study.name == path.stem
     assert study.name.startswith("mine-train.steps-50-seeds-7-8")
+    assert len(study.name) <= 64
     trial = study.trial({})
     assert (trial.train.steps, study.seeds, trial.corpus.path) == (50, [7, 8], "texts/*.txt")
+    assert (trial.tree.depth, trial.tree.trees) == (3, 4)
     assert trial.train.lr == load_study(old).trial({}).train.lr
     assert old.read_bytes() == before
     assert changed_study(old, settings) == path, "the same settings are the same study"

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 SHOWS = {
     "layer.py": ["routing centred, after training:", "of the leaves in effective use"],
     "convert.py": ["n_eff_frac", "largest difference of the logits after saving and loading: 0"],
-    "own_study.py": ["4 of 4 trials done", "n_eff_frac", "mirror=1"],
+    "own_study.py": ["n_eff_frac", "mirror=1", "rows of balance", "balance.png"],
 }
 
 

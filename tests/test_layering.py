@@ -19,7 +19,7 @@ PACKAGE = Path(ablate.__file__).parent
 ORDER = [
     "files", "distributed", "kernels.spec", "results.layout",
     "config", "data", "kernels", "model", "balance", "evaluation", "training", "results", "study", "tracking",
-    "analysis", "report", "bench", "cli",
+    "analysis", "report", "bench", "api", "cli",
 ]  # fmt: skip
 LONG = 400
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -16,7 +16,8 @@ from ablate.cli.common import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
-    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md"), *ROOT.glob("reports/**/*.md")]
+    {*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md"), *ROOT.glob("reports/**/*.md")}
+    - {ROOT / "CHANGELOG.md"}  # it tells of options by their names
 )
 SOURCES = sorted([*ROOT.glob("ablate/**/*.py"), *ROOT.glob("ablate/**/*.j2"), ROOT / "Makefile", ROOT / "dvc.yaml"])
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 
-from ablate import __version__
+import ablate
 from ablate.config import ConfigError, load_study, one_line
 
 app = typer.Typer(
@@ -47,7 +47,7 @@ R = TypeVar("R")
 
 def _version(shown: bool) -> None:
     if shown:
-        print(f"ablate {__version__}")
+        print(f"ablate {ablate.__version__}")
         raise typer.Exit
 
 
@@ -62,6 +62,9 @@ def _start(
 
 def main() -> NoReturn:
     """Entry point: a ConfigError is one line on stderr and exit code 2."""
+    if sys.platform == "win32":
+        print("ablate: Windows is not supported: use WSL 2, which is Linux", file=sys.stderr)
+        sys.exit(2)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "true")
     try:

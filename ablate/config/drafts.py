@@ -12,6 +12,7 @@ from ablate.config import schema
 from ablate.config.errors import ConfigError, echo
 from ablate.config.reading import load_study
 from ablate.config.section import parse
+from ablate.config.settings import Trial
 from ablate.config.study import Study
 from ablate.config.text import load_yaml, read_text
 from ablate.files import write_text
@@ -93,7 +94,8 @@ def changed_study(file: Path, settings: list[str], name: str | None = None) -> P
 
     Args:
         file: the study file.
-        settings: `key=value`; the key is a field of a trial (train.steps) or of the study (seeds), the value YAML.
+        settings: `key=value`; the key is a field (train.steps) or section (train) of a trial, or a field of the study
+            (seeds), the value YAML.
         name: of the new study; made of the old one's and the settings where not given.
 
     Raises:
@@ -106,6 +108,23 @@ def changed_study(file: Path, settings: list[str], name: str | None = None) -> P
     if not (path.exists() and read_text(path, str(path)) == text):
         _write(path, text)
     return path
+
+
+def placed_study(file: Path, root: Path) -> Study:
+    """Read a study file; one from elsewhere is copied to root/studies, where findings and reports look for it.
+
+    Raises:
+        ConfigError: the file is not valid, or another study there has its name.
+    """
+    study = load_study(file)
+    path = root / "studies" / f"{study.name}.yaml"
+    if not path.exists():
+        write_text(path, read_text(file, str(file)))
+    elif load_study(path) != study:
+        raise ConfigError(
+            f"study file {str(file)!r} is not {str(path)!r}, which has its name: change that one, or rename this"
+        )
+    return study
 
 
 def changed(file: Path, settings: list[str], name: str | None = None) -> dict[str, Any]:
@@ -124,7 +143,8 @@ def _set(data: dict[str, Any], setting: str) -> None:
     if not (found and key):
         raise ConfigError(f"set is {echo(setting)}: key=value is expected, such as train.steps=50")
     section, dot, field = key.partition(".")
-    place = data if not dot else data.setdefault("base", {}).setdefault(section, {})
+    place = data.setdefault("base", {}) if section in Trial.model_fields else data
+    place = place.setdefault(section, {}) if dot else place
     place[field if dot else section] = load_yaml(value, f"set {echo(setting)}")
 
 

@@ -72,15 +72,10 @@ def redraw(name: str, root: Path) -> list[str]:
         ConfigError: the study is not published here, or what is kept is damaged.
     """
     report = Layout(root, name).published
-    if not (report / DATA / "study.yaml").exists():
-        known = ", ".join(published(root)) or "none"
-        raise ConfigError(f"study {name!r} is not published: {known} is; `ablate publish {name}` does it")
     before = _known(report)
     with tempfile.TemporaryDirectory(prefix=".redraw-", dir=root / "reports") as folder:
         place = Path(folder)
-        for path, target in _stage(report, name, place):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.symlink_to(path.resolve())
+        staged(name, root, place)
         made = build(name, place)
         drawn = {str(p.relative_to(made)): _hash(p) for pattern in COMPARED for p in sorted(made.glob(pattern))}
         write_text(made / CHECKSUMS, canonical(drawn))
@@ -94,8 +89,23 @@ def redraw(name: str, root: Path) -> list[str]:
     return sorted(n for n in before.keys() | after.keys() if before.get(n) != after.get(n))
 
 
+def staged(name: str, root: Path, place: Path) -> None:
+    """Link what is kept of a published study into an empty folder, where a project has it.
+
+    Raises:
+        ConfigError: the study is not published here.
+    """
+    report = Layout(root, name).published
+    if not (report / DATA / "study.yaml").exists():
+        known = ", ".join(published(root)) or "none"
+        raise ConfigError(f"study {name!r} is not published: {known} is; `ablate publish {name}` does it")
+    for path, target in _stage(report, name, place):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to(path.resolve())
+
+
 def _stage(report: Path, name: str, place: Path) -> list[tuple[Path, Path]]:
-    """Where a project has what is kept, and what tells its report that it is published."""
+    """Return where a project has what is kept, and what tells its report that it is published."""
     fixed = {
         "study.yaml": place / "studies" / f"{name}.yaml",
         PLAN: Layout(place, name).plan,

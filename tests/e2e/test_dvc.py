@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.browser import chromium
 from tests.e2e.test_pipeline import ROOT, TINY, dvc, make_project
 
 MADE = (
@@ -25,6 +26,14 @@ MADE = (
     "out/{}/plots/balance.csv",
     "out/{}/plots/effects.csv",
 )
+
+
+CURVES = {
+    "bpb.csv": "arm,step,bpb,n\ncentred,0,8.1,2\ncentred,8,5.6,2\nsign,0,8.0,2\nsign,8,5.7,2\n",
+    "balance.csv": "arm,step,n_eff_frac,n\ncentred,0,0.9,2\ncentred,8,0.8,2\nsign,0,0.9,2\nsign,8,0.5,2\n",
+    "effects.csv": "comparison,endpoint,effect,low,high,verdict\n"
+    "centred vs sign,bpb,-0.1,-0.3,0.1,inconclusive\ncentred vs sign,n_eff_frac,0.3,0.2,0.4,supported\n",
+}
 
 
 def made(study: str) -> list[str]:
@@ -46,7 +55,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name in (*made(study), f"data/cards/{study}.json", f"out/{study}/metrics.json"):
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text('{"trials": 2}' if path.suffix == ".json" else "step,bpb\n0,8\n")
+            path.write_text('{"trials": 2}' if path.suffix == ".json" else CURVES.get(path.name, "step,bpb\n0,8\n"))
     git(folder, "add", "-A")
     git(folder, "commit", "-qm", "start")
     dvc(folder, "commit", "-f")
@@ -78,3 +87,24 @@ def test_a_dry_run_of_a_fresh_clone_lists_every_stage(finished: Path, tmp_path: 
     said = dvc(tmp_path / "clone", "repro", "--dry", "--force")
     assert [f"Running stage '{stage}@mine'" in said for stage in ("prepare", "study", "collect", "analyse", "report")]
     assert "ablate report other" in said
+
+
+@pytest.mark.browser
+def test_plots_are_drawn_without_a_network(finished: Path, tmp_path: Path) -> None:
+    dvc(finished, "plots", "show", "-o", str(tmp_path / "shown"))
+    asked: list[str] = []
+    errors: list[str] = []
+    with chromium() as browser:
+        page = browser.new_page(viewport={"width": 1100, "height": 900})
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto((tmp_path / "shown" / "index.html").as_uri())
+        shown = page.locator("svg text").all_text_contents()
+        assert page.locator("svg").count() == 6, "three charts of each study"
+        assert page.locator("svg path").count() == 8
+        page.screenshot(path=tmp_path / "plots.png", full_page=True)
+    assert errors == []
+    assert [url for url in asked if not url.startswith("file:")] == []
+    assert {"mine: bits per byte over training", "optimizer step", "centred vs sign", "n_eff_frac, difference"} <= {
+        *shown
+    }

@@ -19,7 +19,9 @@ from polars.testing import assert_frame_equal
 from typer.testing import CliRunner
 
 from ablate.cli.common import app
+from ablate.config import load_study
 from tests.browser import chromium
+from tests.test_pasted import commands
 
 ROOT = Path(__file__).parents[2]
 TINY = """
@@ -57,6 +59,8 @@ def make_project(folder: Path, studies: dict[str, str], *, git: bool) -> Path:
         subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
     subprocess.run(["dvc", "init", "-q", *([] if git else ["--no-scm"])], cwd=folder, check=True, env=ENVIRONMENT)
     shutil.copytree(ROOT / ".dvc" / "plots", folder / ".dvc" / "plots")
+    with (folder / ".dvc" / "config").open("a") as config:
+        config.write((ROOT / ".dvc" / "config").read_text())
     return folder
 
 
@@ -148,6 +152,42 @@ def test_the_report_is_logged_to_the_studys_run(project: Path) -> None:
     assert logged == {f"report/{n}" for n in ("findings.json", "metrics.json", "index.html", "report.md", "figures")}
     page = client.download_artifacts(run.info.run_id, "report/index.html", str(project / "state"))
     assert Path(page).read_bytes() == (project / "out/tiny/index.html").read_bytes()
+
+
+def test_the_commands_of_readme_and_report_work_on_what_was_made(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pasted as they are, but for the names of the study and the trial; questions are left out (they take minutes)."""
+    copy = tmp_path / "project"
+    shutil.copytree(project, copy, symlinks=True, ignore=shutil.ignore_patterns(".git", ".dvc"))
+    monkeypatch.chdir(copy)
+    trial = pl.read_parquet("tables/tiny/trials.parquet")["trial"][0]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("<trial>", trial).replace("confirm", "tiny")
+    report = Path("out/tiny/report.md").read_text(encoding="utf-8")
+    pages = [report, readme.replace("mine.yaml", "tiny.yaml")]
+    done: set[str] = set()
+    for command in {tuple(c): None for page in pages for c in commands(page, "ablate")}:
+        arguments = ["tiny" if word == "mine" and command[0] != "new" else word for word in command]
+        again = arguments[0] == "reproduce" and "reproduce" in done
+        if len(arguments) < 2 or arguments[0] == "bench" or again:
+            continue
+        extra = {"evaluate": ["--tasks", ""], "prune": ["--tokens", "1024"]}.get(arguments[0], [])
+        ended = CliRunner().invoke(app, [*arguments, *extra], catch_exceptions=False)
+        assert ended.exit_code == 0, (arguments, ended.output)
+        done.add(arguments[0])
+    assert done >= {
+        "new",
+        "study",
+        "collect",
+        "analyse",
+        "report",
+        "inspect",
+        "reproduce",
+        "prune",
+        "evaluate",
+        "generate",
+    }
+    assert load_study(Path("studies/mine.yaml")).name == "mine"
 
 
 def test_pruned_trials_reach_the_report(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ def main() -> None:
         torch.ones(shape, requires_grad=True)
         for shape in ((8, 16), (1, spec.in_rows, 16), (1, spec.in_rows), (1, 7, 16))
     )
-    tree_feedforward(x, w_in, b, w_out, spec).y.sum().backward()
+    torch.autograd.grad(tree_feedforward(x, w_in, b, w_out, spec).y.sum(), (x, w_in, b, w_out))
 
 
 if __name__ == "__main__":
