@@ -63,18 +63,20 @@ def prepare(
 @example("collect laptop")
 def collect(name: Name) -> None:
     """Export a study's results to tables/NAME/{trials,history,usage,trees,prune}.parquet."""
-    from ablate.results import collect as tables
+    with busy(f"collecting the results of {name}"):
+        from ablate.results import collect as tables
 
-    print(tables.collect(name, ROOT))
+        print(tables.collect(name, ROOT))
 
 
 @app.command()
 @example("analyse laptop")
 def analyse(name: Name) -> None:
     """Turn a study's tables into findings: out/NAME/findings.json, also logged to the study's MLflow run."""
-    from ablate.analysis import findings
+    with busy(f"analysing {name}"):
+        from ablate.analysis import findings
 
-    print(findings.analyse(name, ROOT))
+        print(findings.analyse(name, ROOT))
     _log(name, ["findings.json", "metrics.json"])
 
 
@@ -87,18 +89,20 @@ def report(
     ] = None,
 ) -> None:
     """Write a study's report: out/NAME/index.html, report.md, figures and tables; logged to the study's MLflow run."""
-    from ablate.report import build
+    with busy(f"drawing the report of {name}"):
+        from ablate.report import build
 
-    print(build.build(name, ROOT, address))
+        print(build.build(name, ROOT, address))
     _log(name, ["findings.json", "metrics.json", "index.html", "report.md", "figures"])
 
 
 def _log(name: str, files: list[str]) -> None:
     """Log what was written to MLflow; the files on disk do not depend on it."""
-    from ablate.tracking.log_report import log_report
-
     try:
-        log_report(name, ROOT, files, tracking=os.environ.get("MLFLOW_TRACKING_URI"))
+        with busy("logging to MLflow"):
+            from ablate.tracking.log_report import log_report
+
+            log_report(name, ROOT, files, tracking=os.environ.get("MLFLOW_TRACKING_URI"))
     except ConfigError as error:
         print(f"ablate: not logged to MLflow: {error}", file=sys.stderr)
 
@@ -107,9 +111,10 @@ def _log(name: str, files: list[str]) -> None:
 @example("publish laptop")
 def publish(name: Name) -> None:
     """Copy a study's tables to reports/NAME/data, from which `ablate figures` draws its report."""
-    from ablate.report import published
+    with busy(f"publishing {name}"):
+        from ablate.report import published
 
-    print(published.publish(name, ROOT))
+        print(published.publish(name, ROOT))
 
 
 @app.command()
@@ -130,7 +135,8 @@ def figures(
     slowest_first = sorted(chosen, key=lambda name: -published.size(name, ROOT))
     # Matplotlib makes small objects by the million; looking for dead ones less often saves a tenth of the time.
     workers = min(len(chosen), os.cpu_count() or 1)
-    with multiprocessing.get_context("spawn").Pool(workers, gc.set_threshold, (200_000,)) as pool:
+    drawing = busy(f"drawing {len(chosen)} reports", quiet=as_json)
+    with drawing, multiprocessing.get_context("spawn").Pool(workers, gc.set_threshold, (200_000,)) as pool:
         redrawn = pool.starmap(published.redraw, [(name, ROOT) for name in slowest_first], chunksize=1)
     found = dict(sorted(zip(slowest_first, redrawn, strict=True)))
     if as_json:

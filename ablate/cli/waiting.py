@@ -1,4 +1,4 @@
-"""What a user sees while a command works: one line on stderr for what takes longer than a second, steps of a training."""
+"""What a user sees while a command works: lines on stderr for what takes longer than a second, steps of a training."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:  # it needs torch
 
 EVERY = 3.0
 """Seconds between two lines about a training."""
+AGAIN = 10.0
+"""Seconds between two lines about other work."""
 
 
 def say(text: str) -> None:
@@ -23,15 +25,22 @@ def say(text: str) -> None:
 
 @contextmanager
 def busy(text: str, *, quiet: bool = False) -> Iterator[None]:
-    """Say what is being done, where it takes longer than a second; `quiet` says nothing."""
-    timer = threading.Timer(1.0, say, (f"{text} ...",))
-    timer.daemon = True
+    """Say what is being done, where it takes longer than a second, and again while it goes on; `quiet` says nothing."""
+    ended = threading.Event()
+
+    def tell() -> None:
+        started = time.monotonic()
+        if not ended.wait(1.0):
+            say(f"{text} ...")
+        while not ended.wait(AGAIN):
+            say(f"{text}: {time.monotonic() - started:.0f} s ...")
+
     if not quiet:
-        timer.start()
+        threading.Thread(target=tell, daemon=True, name="busy").start()
     try:
         yield
     finally:
-        timer.cancel()
+        ended.set()
 
 
 class Steps:

@@ -19,6 +19,9 @@ from ablate.study.designs import Plan
 from ablate.study.job import Event
 from ablate.study.leaders import leaders
 
+AGAIN = 10.0
+"""Seconds between two lines while something goes on and there is no table."""
+
 
 def duration(seconds: float) -> str:
     """`1h02m`, `3m05s` or `12s`."""
@@ -51,7 +54,7 @@ class Display:
         )
         self._task: TaskID = self._progress.add_task(study.name, total=None, eta="")
         self._live = Live(self._render(), console=self.console, refresh_per_second=4, transient=False)
-        self._shown = 0.0
+        self._shown = self._spoke = 0.0
 
     def __enter__(self) -> Self:
         if self.console.is_terminal:
@@ -81,17 +84,26 @@ class Display:
 
     def say(self, text: str) -> None:
         """Print a line above the table."""
+        self._spoke = time.monotonic()
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def busy(self, text: str) -> Iterator[None]:
-        """Say what is being done, where it takes longer than a second."""
-        timer = threading.Timer(1.0, self.say, (text,))
-        timer.start()
+        """Say what is being done, where it takes longer than a second, and again while it goes on."""
+        ended = threading.Event()
+
+        def tell() -> None:
+            started = time.monotonic()
+            if not ended.wait(1.0):
+                self.say(text)
+            while not ended.wait(AGAIN):
+                self.say(f"{text}: {duration(time.monotonic() - started)}")
+
+        threading.Thread(target=tell, daemon=True, name="busy").start()
         try:
             yield
         finally:
-            timer.cancel()
+            ended.set()
 
     def tell(self, event: Event) -> None:
         """Show what happened in a worker."""
@@ -104,6 +116,8 @@ class Display:
         else:
             self._now.pop(event.worker, None)
         label = f"{event.arm} · seed {event.seed}"
+        if event.kind == "stepped" and not self.console.is_terminal and time.monotonic() - self._spoke > AGAIN:
+            self.say(f"[{self._done}{self._of()}] {label}: step {event.step} of {event.total}")
         if event.kind == "finished":
             self._done += 1
             self._finished.append(event.seconds)
