@@ -22,7 +22,8 @@ def tracked() -> list[Path]:
 
 
 def test_a_working_tree_is_small(tracked: list[Path]) -> None:
-    assert len(tracked) < 600
+    written = [path for path in tracked if path.parts[0] in {"ablate", "tests"}]  # code grows with what it does
+    assert len(tracked) - len(written) < 300
     assert sum(path.parts[0] == "reports" for path in tracked) < 300
     assert sum((ROOT / path).stat().st_size for path in tracked) < 30e6
 

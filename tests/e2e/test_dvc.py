@@ -100,11 +100,11 @@ def test_plots_are_drawn_without_a_network(finished: Path, tmp_path: Path) -> No
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto((tmp_path / "shown" / "index.html").as_uri())
         shown = page.locator("svg text").all_text_contents()
-        assert page.locator("svg").count() == 6, "three charts of each study"
-        assert page.locator("svg path").count() == 8
+        assert page.locator("svg").count() == 3, "three charts of the study that params.yaml names now"
+        assert page.locator("svg path").count() == 4
         page.screenshot(path=tmp_path / "plots.png", full_page=True)
     assert errors == []
     assert [url for url in asked if not url.startswith("file:")] == []
-    assert {"mine: bits per byte over training", "optimizer step", "centred vs sign", "n_eff_frac, difference"} <= {
+    assert {"other: bits per byte over training", "optimizer step", "centred vs sign", "n_eff_frac, difference"} <= {
         *shown
     }
