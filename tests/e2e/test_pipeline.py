@@ -169,7 +169,7 @@ def test_the_commands_of_readme_and_report_work_on_what_was_made(
     for command in {tuple(c): None for page in pages for c in commands(page, "ablate")}:
         arguments = ["tiny" if word == "mine" and command[0] != "new" else word for word in command]
         again = arguments[0] == "reproduce" and "reproduce" in done
-        if len(arguments) < 2 or arguments[0] == "bench" or again:
+        if len(arguments) < 2 + (arguments[0] == "study") or arguments[0] == "bench" or again:
             continue
         extra = {"evaluate": ["--tasks", ""], "prune": ["--tokens", "1024"]}.get(arguments[0], [])
         ended = CliRunner().invoke(app, [*arguments, *extra], catch_exceptions=False)
