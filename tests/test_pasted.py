@@ -28,7 +28,7 @@ def commands(text: str, program: str) -> Iterator[list[str]]:
     for block in re.findall(r"```sh\n(.*?)```", text, re.S):
         found += block.replace("\\\n", " ").splitlines()
     found += [line.strip() for line in text.splitlines() if line.startswith(f"    {program} ")]
-    found += re.findall(rf"\| ({program} [^|]+) \|", text)
+    found += re.findall(rf"\| ({program} [^|;]+) \|", text)
     for line in found:
         words = shlex.split(re.sub(r"\{[^{}]*\}|<[^<>]*>", "1", line), comments=True)
         for part in _split(words):
