@@ -32,6 +32,7 @@ def schema() -> dict[str, Any]:
     fields["factors"]["propertyNames"] = known
     fields["arms"]["additionalProperties"]["propertyNames"] = known
     fields["sampler"]["anyOf"] = [{"$ref": fields["sampler"].pop("$ref")}, {"type": "string"}]
+    fields["tune"]["anyOf"].append({"enum": ["none", "bracket"]})
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **study,
