@@ -22,8 +22,9 @@ from ablate.results.layout import Layout
 from ablate.study.address import default_storage
 from ablate.study.designs import expand
 from ablate.study.forecast import to_come
+from ablate.study.outcome import Outcome
 from ablate.study.rates import traces
-from ablate.study.runner import Outcome, run_study
+from ablate.study.runner import run_study
 from ablate.study.status import status
 from tests.study import objective
 from tests.study.test_runner import REPOSITORY, table, wait_for
