@@ -81,6 +81,15 @@ class Candidates(Queue):
         left = self._left()
         return waiting + (left if left is not None else 1_000_000)
 
+    def open_trials(self) -> list[FrozenTrial]:
+        """Return the candidates that wait; those that the budget cut off only while it has something left."""
+        waiting = super().open_trials()
+        if any(t.user_attrs.get(OUT) for t in waiting):
+            self.board.refresh()
+            if self._left() == 0:
+                return [t for t in waiting if not t.user_attrs.get(OUT)]
+        return waiting
+
     def known(self) -> dict[str, dict[int, tuple[float, ...]]]:
         """Return the objectives' values of finished racing runs, by candidate and seed."""
         self.board.refresh()
@@ -121,6 +130,12 @@ class Candidates(Queue):
         if record.run_id:
             runs = {**entrant.claim.trial.user_attrs.get(RUN, {}), str(record.seed): record.run_id}
             entrant.claim.trial.set_user_attr(RUN, runs)
+
+    def pause(self, entrant: Entrant, out: str) -> None:
+        """Put a candidate back in line that the budget cut off; a larger budget goes on with it first."""
+        with self._alone():
+            entrant.claim.trial.set_user_attr(OUT, out)
+            self._set(entrant.claim.id, TrialState.WAITING, None)
 
     def close(self, entrant: Entrant, out: str | None, *, pruned: bool = False) -> None:
         """End a candidate's race with the mean over its seeds; `out` says why it did not get all of them."""
@@ -196,7 +211,10 @@ class Candidates(Queue):
         return max(0, self.plan.study.racing_trials - len(self._started()))
 
     def _entrant(self, claim: Claim) -> Entrant:
+        self.storage.record_heartbeat(claim.id)
         frozen = self.storage.get_trial(claim.id)
+        if frozen.user_attrs.get(OUT):
+            claim.trial.set_user_attr(OUT, None)
         return Entrant(claim, str(frozen.user_attrs[ARM]), self.space.candidate(frozen.params))
 
     def _new(self, worker: str) -> Entrant | None:

@@ -123,8 +123,7 @@ class Queue:
         """Take a waiting trial, exactly one process each; None where none waits."""
         while True:
             if not self._waiting:
-                frozen = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-                self._waiting = [t._trial_id for t in reversed(frozen)]
+                self._waiting = [t._trial_id for t in reversed(self.open_trials())]
                 if not self._waiting:
                     return None
             number = self._waiting.pop()
@@ -148,7 +147,11 @@ class Queue:
 
     def demand(self) -> int:
         """Return how many more workers could start a trial now."""
-        return len(self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
+        return len(self.open_trials())
+
+    def open_trials(self) -> list[FrozenTrial]:
+        """Return the trials that a worker may claim."""
+        return self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
 
     def known(self) -> dict[str, dict[int, tuple[float, ...]]]:
         """Return the objectives' values of finished trials, by arm and seed."""

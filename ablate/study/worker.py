@@ -81,8 +81,8 @@ def _run_candidate(job: Job, queue: Candidates, entrant: Entrant, name: str, rep
     for place, seed in enumerate(study.seeds):
         planned = queue.planned(entrant, seed)
         if place and not queue.reserve(entrant, planned):
-            out = f"the budget was used up after {place} of {len(study.seeds)} seeds"
-            break
+            queue.pause(entrant, f"the budget was used up after {place} of {len(study.seeds)} seeds")
+            return True
         ended = Attempt(job, planned, name, report, stopped, _Raced(queue, entrant, first=place == 0)).run()
         if ended.record is None:
             return ended.goes_on

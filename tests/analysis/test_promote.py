@@ -34,6 +34,7 @@ def test_the_file_is_a_confirm_study(tmp_path: Path, match: str, objectives: Any
     claims = {c.endpoint: (c.claim, c.margin) for c in made.contrasts}
     assert claims["bpb"] == ("lower", made.margin)
     assert claims.get("n_eff_frac", ("higher", made.min_effect_n_eff)) == ("higher", made.min_effect_n_eff)
+    assert claims.get("dead_frac", ("lower", made.min_effect_n_eff)) == ("lower", made.min_effect_n_eff)
     assert len(made.seeds) == 10
     assert not set(made.seeds) & {*RACE, *(FRESH if finalists else ())}
     assert "ablate study promote hunt --top 3" in path.read_text(encoding="utf-8").splitlines()[1]

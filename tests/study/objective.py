@@ -14,7 +14,8 @@ import numpy as np
 
 from ablate.balance import metrics, usage
 from ablate.config import Study, Trial, parse
-from ablate.model.counts import Cost
+from ablate.data.tokens import prepare
+from ablate.model.counts import Cost, count
 from ablate.training.result import Evaluation, Observer, Provenance, Status, TrialResult
 
 STEP_SECONDS = 0.002
@@ -44,9 +45,18 @@ def study(**changes: Any) -> Study:
 
 
 def descend(
-    trial: Trial, *, data_root: Path, folder: Path, observer: Observer | None, threads: int | None
+    trial: Trial,
+    *,
+    data_root: Path,
+    folder: Path,
+    observer: Observer | None,
+    threads: int | None,
+    leaves: tuple[int, int, int] = (1, 1, 4),
 ) -> TrialResult:
-    """Minimise |x - target|²; bpb is its square root. Goes on from `last.json` where that is there."""
+    """Minimise |x - target|²; bpb is its square root. Goes on from `last.json` where that is there.
+
+    `leaves` is the shape [layers, trees, leaves] of the made-up leaf counts.
+    """
     train = trial.train
     folder.mkdir(parents=True, exist_ok=True)
     last = folder / "last.json"
@@ -60,7 +70,7 @@ def descend(
     status: Status = "finished"
 
     def evaluate() -> bool:
-        counts = np.random.default_rng([trial.init_seed, step]).integers(0, 50, (1, 1, 4))
+        counts = np.random.default_rng([trial.init_seed, step]).integers(0, 50, leaves)
         history.append(
             Evaluation(
                 step=step,
@@ -144,7 +154,15 @@ def timed(
     return result
 
 
-def slow(trial: Trial, *, data_root: Path, folder: Path, observer: Observer | None, threads: int | None) -> TrialResult:
+def slow(
+    trial: Trial,
+    *,
+    data_root: Path,
+    folder: Path,
+    observer: Observer | None,
+    threads: int | None,
+    leaves: tuple[int, int, int] = (1, 1, 4),
+) -> TrialResult:
     """The same, slow enough to be interrupted."""
 
     class Slow:
@@ -155,7 +173,23 @@ def slow(trial: Trial, *, data_root: Path, folder: Path, observer: Observer | No
             time.sleep(0.05)
             return observer is not None and observer.stepped(step, total)
 
-    return descend(trial, data_root=data_root, folder=folder, observer=Slow(), threads=threads)
+    return descend(trial, data_root=data_root, folder=folder, observer=Slow(), threads=threads, leaves=leaves)
+
+
+def whole(
+    trial: Trial, *, data_root: Path, folder: Path, observer: Observer | None, threads: int | None
+) -> TrialResult:
+    """The same slow one with the corpus, sizes and leaves of a real trial, so that the whole pipeline takes its result."""
+    corpus = prepare(trial.corpus, data_root)
+    shape = (trial.model.blocks, trial.tree.trees, trial.tree.leaves)
+    result = slow(trial, data_root=data_root, folder=folder, observer=observer, threads=threads, leaves=shape)
+    made = {"data_hash": corpus.data_hash, "tokenizer_hash": corpus.tokenizer_hash}
+    return result.model_copy(
+        update={
+            "cost": count(trial, trial.corpus.vocab_size),
+            "provenance": result.provenance.model_copy(update=made),
+        }
+    )
 
 
 def sick(trial: Trial, *, data_root: Path, folder: Path, observer: Observer | None, threads: int | None) -> TrialResult:

@@ -116,6 +116,27 @@ def test_a_search_meets_its_budget_exactly_and_goes_on(tmp_path: Path, settings:
     assert status("cheap", tmp_path).candidates == len(candidates(tmp_path))
 
 
+def seeds_of(root: Path) -> list[list[int]]:
+    """Racing seeds of each candidate, in the order of their names."""
+    return [sorted(one["bpb"]) for _, one in sorted(candidates(root).items())]
+
+
+def test_a_candidate_that_the_budget_cut_off_goes_on_with_a_larger_one(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"race": 0, "finalists": {"count": 0}, "sampler": "random"}
+    assert run(tmp_path, settings=search(4, **settings)) == Outcome(done=4, total=4)
+    assert seeds_of(tmp_path) == [[0, 1, 2], [0]]
+    noted = json.loads((tmp_path / "results/cheap/plan.json").read_text())["search"]["candidates"]
+    assert [row["out"] for row in noted] == [None, "the budget was used up after 1 of 3 seeds"]
+    assert [t.state.name for t in stored(tmp_path).trials] == ["COMPLETE", "WAITING"]
+    assert run(tmp_path, settings=search(4, **settings)) == Outcome(done=4, total=4)
+    for budget, seeds in ((6, [[0, 1, 2], [0, 1, 2]]), (7, [[0, 1, 2], [0, 1, 2], [0]])):
+        assert run(tmp_path, settings=search(budget, **settings)).done == budget
+        assert seeds_of(tmp_path) == seeds
+    noted = json.loads((tmp_path / "results/cheap/plan.json").read_text())["search"]["candidates"]
+    assert [row["out"] for row in noted] == [None, None, "the budget was used up after 1 of 3 seeds"]
+    assert [t.state.name for t in stored(tmp_path).trials] == ["COMPLETE", "COMPLETE", "WAITING"]
+
+
 @pytest.mark.parametrize("kind", ["tokens", "hours"])
 def test_a_search_ends_with_its_tokens_or_hours(tmp_path: Path, kind: str) -> None:
     limit = {"tokens": 5 * 20 * 8 * 256} if kind == "tokens" else {"hours": 5 * 0.1 / 3600}
@@ -163,6 +184,29 @@ def test_candidates_of_the_file_come_first_and_an_earlier_search_warms_up(tmp_pa
     assert len(trials) > len(warm)
 
 
+def test_optuna_loads_the_search_as_documented(tmp_path: Path) -> None:
+    """Optuna's own tools, without this package: names, values, settings, and what the search is."""
+    settings = search(10, match="total_units", objectives=["bpb", "n_eff_frac"], finalists={"count": 1, "seeds": [9]})
+    assert run(tmp_path, settings=settings) == Outcome(done=10, total=10)
+    plan = json.loads((tmp_path / "results/cheap/plan.json").read_text())
+    study = optuna.load_study(study_name=f"cheap-{plan['space']}", storage=default_storage(tmp_path))
+    assert study.metric_names == ["bpb", "n_eff_frac"]
+    assert [d.name for d in study.directions] == ["MINIMIZE", "MAXIMIZE"]
+    assert study.user_attrs["command"] == "ablate study run studies/cheap.yaml"
+    assert study.user_attrs["plan"] == plan["hash"]
+    found = candidates(tmp_path)
+    for trial in study.best_trials:
+        mine = found[trial.user_attrs["arm"]]
+        assert trial.values[0] == pytest.approx(np.mean(list(mine["bpb"].values())))
+        assert set(trial.user_attrs["runs"]) == {str(seed) for seed in mine["bpb"]}
+        for key, value in trial.params.items():
+            assert mine["factors"][key] == value == trial.user_attrs["settings"][key]
+    frame = study.trials_dataframe()
+    assert {"values_bpb", "values_n_eff_frac", "params_tree.depth", "user_attrs_arm"} <= set(frame.columns)
+    last = optuna.load_study(study_name=f"cheap-{plan['space']}-finalists", storage=default_storage(tmp_path))
+    assert [t.user_attrs["kind"] for t in last.trials] == ["finalist"]
+
+
 def test_a_lost_database_costs_a_search_nothing(tmp_path: Path) -> None:
     settings = search(20, match="total_units", finalists={"count": 2})
     run(tmp_path, settings=settings)
@@ -172,21 +216,58 @@ def test_a_lost_database_costs_a_search_nothing(tmp_path: Path) -> None:
     assert table(tmp_path) == before
 
 
-@pytest.mark.parametrize("objectives", [["bpb"], ["bpb", "n_eff_frac"]], ids=["one", "two"])
+@pytest.mark.parametrize(
+    ("sampler", "objectives"),
+    [("tpe", ["bpb"]), ("qmc", ["bpb"]), ("random", ["bpb", "n_eff_frac"])],
+    ids=["tpe", "qmc", "random"],
+)
 @pytest.mark.parametrize(
     "kills", [pytest.param(20, marks=pytest.mark.soak), pytest.param(4, marks=pytest.mark.soak_short)]
 )
 def test_a_search_killed_at_random_moments_ends_as_if_it_had_not_been(
-    tmp_path: Path, kills: int, objectives: list[str]
+    tmp_path: Path, kills: int, sampler: str, objectives: list[str]
 ) -> None:
-    settings = search(40, match="total_units", objectives=objectives)
+    settings = search(40, match="total_units", objectives=objectives, sampler=sampler)
     calm, rough = tmp_path / "calm", tmp_path / "rough"
-    run(calm, settings=settings)
+    assert run(calm, settings=settings) == Outcome(done=40, total=40)
+    kill_often(rough, settings, kills, workers=1)
+    assert run(rough, settings=settings) == Outcome(done=40, total=40)
+    assert table(rough) == table(calm)
+    assert finals(rough) == finals(calm)
+    assert len(finals(calm)) == 3
+
+
+@pytest.mark.soak
+def test_a_search_of_two_workers_killed_at_random_moments_loses_and_doubles_nothing(tmp_path: Path) -> None:
+    settings = search(40, match="total_units", sampler="random")
+    kill_often(tmp_path, settings, 20, workers=2)
+    assert run(tmp_path, settings=settings, workers=2) == Outcome(done=40, total=40)
+    assert len({(r["arm"], r["seed"]) for r in table(tmp_path).values()}) == 40
+    for seeds in seeds_of(tmp_path):
+        assert seeds == [0, 1, 2][: len(seeds)]
+    done = [t for t in stored(tmp_path).trials if t.state.name != "FAIL"]  # a killed candidate's first entry
+    assert len({t.user_attrs["arm"] for t in done}) == len(done) == len(seeds_of(tmp_path))
+    assert len(finals(tmp_path)) == 3
+
+
+def finals(root: Path) -> list[str]:
+    return sorted({r["arm"] for r in table(root).values() if r["kind"] == "finalist"})
+
+
+def kill_often(root: Path, settings: dict[str, Any], kills: int, workers: int) -> None:
+    """Start a search again and again; each time SIGKILL it, a part of it, or end it politely, at a random moment."""
     rng = random.Random(0)
-    done = 0
-    while done < kills:
-        process = start(rough, workers=1, run="descend", settings=settings)
-        time.sleep(rng.uniform(1.5, 5))
+    layout = Layout(root, "cheap")
+    for left in range(kills, 0, -1):
+        process = start(root, workers=workers, run="slow", settings=settings)
+        # Some while it starts, the others after it has come a little further, so that the search lasts for all of them.
+        step = rng.choice([0, 0, 1, min(3, (40 - len(layout.done())) // left)])
+        wanted, end = len(layout.done()) + step, time.monotonic() + 60
+        if step == 0:
+            end = time.monotonic() + rng.uniform(0.5, 6)
+        while process.poll() is None and time.monotonic() < end and (step == 0 or len(layout.done()) < wanted):
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 1.5))
         if process.poll() is None:
             children = psutil.Process(process.pid).children(recursive=True)
             whom = rng.choice(["all", "parent", "polite"])
@@ -194,13 +275,9 @@ def test_a_search_killed_at_random_moments_ends_as_if_it_had_not_been(
             if whom == "all":
                 for child in children:
                     os.kill(child.pid, signal.SIGKILL)
-            process.wait(timeout=30)
-            psutil.wait_procs(children, timeout=10)
-        done += 1
-    assert run(rough, settings=settings) == Outcome(done=40, total=40)
-    assert table(rough) == table(calm)
-    finals = {r["arm"] for r in table(calm).values() if r["kind"] == "finalist"}
-    assert len(finals) == 3
+            process.communicate(timeout=60)
+            _, alive = psutil.wait_procs(children, timeout=30)
+            assert not alive, "workers end with their parent"
 
 
 def test_a_broken_worker_says_why_and_stops_the_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
