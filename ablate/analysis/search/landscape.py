@@ -71,13 +71,12 @@ def importances(model: Surrogate, objective: str, pools: list[Array], rng: np.ra
     `value` is the share of the surrogate's variance that a factor explains alone, `total` the share that goes when it
     is kept fixed (interactions included). Intervals are 95% percentiles over resampled candidates.
     """
-    space = settle(_uniform(model.axes, 400, rng), model.axes, pools, rng)
-    whole = model.kernel(space)
+    whole = model.kernel(settle(_uniform(model.axes, 400, rng), model.axes, pools, rng))
+    around = settle(_uniform(model.axes, AROUND, rng), model.axes, pools, rng)
     swept = []
     for j, axis in enumerate(model.axes):
-        base = space[:AROUND]
-        base = base[~np.isnan(base[:, j])]
-        grid = [axis.code(v) for v in axis.grid(STEPS)]
+        base = around[~np.isnan(around[:, j])]
+        grid = _even(axis, STEPS)
         points = _swept(model, base, {j: grid}, pools, rng)
         swept.append((len(grid), len(base) / AROUND, model.kernel(points)))
     shares = []
@@ -89,8 +88,10 @@ def importances(model: Surrogate, objective: str, pools: list[Array], rng: np.ra
         for count, share, kernel in swept:
             f = (kernel[:, at] @ weight).reshape(count, -1)
             parts = (f.mean(1).var(), f.var(0).mean()) if f.size else (0.0, 0.0)
-            own.append([share * p / variance if variance > 0 else 0.0 for p in parts])
-        shares.append(own)
+            own.append([share * p for p in parts])
+        # Both are estimates: what the factors explain alone is never more than the whole.
+        variance = max(variance, sum(alone for alone, _ in own))
+        shares.append([[p / variance if variance > 0 else 0.0 for p in parts] for parts in own])
     drawn = np.clip(np.array(shares), 0, 1)
     low, high = np.quantile(drawn[1:], [0.025, 0.975], axis=0)
     found = [
@@ -186,11 +187,20 @@ def _short(value: Any) -> Any:
     return float(f"{value:.3g}") if isinstance(value, float) else value
 
 
+def _even(axis: Axis, count: int) -> list[float]:
+    """Codes that stand for the whole axis with equal weight: its levels or integers, else middles of equal cells."""
+    grid = axis.grid(count)
+    if axis.levels or (axis.integer and axis.high - axis.low < len(grid)):
+        return [axis.code(v) for v in grid]
+    return [(i + 0.5) / count for i in range(count)]
+
+
 def _uniform(found: list[Axis], count: int, rng: np.random.Generator) -> Array:
+    """Draw a Latin hypercube [count, d]: every axis is covered evenly."""
     columns = []
     for a in found:
-        grid = np.array([a.code(v) for v in a.grid(count)]) if a.levels or a.integer else None
-        columns.append(rng.choice(grid, size=count) if grid is not None else rng.uniform(size=count))
+        codes = np.array(_even(a, count))
+        columns.append(codes[rng.permutation(count) * len(codes) // count])
     return np.stack(columns, axis=1)
 
 

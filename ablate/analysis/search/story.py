@@ -167,15 +167,16 @@ def _finalists(search: Search) -> list[dict[str, Any]]:
 
 
 def _history(search: Search) -> list[dict[str, Any]]:
-    """After each candidate: runs so far, the best racing mean of each objective, and with two the hypervolume."""
-    counts = dict(search.tables.trials.group_by("arm").len().iter_rows())
+    """After each candidate: racing runs so far, the best racing mean of each objective, and with two the hypervolume."""
+    racing = search.tables.trials.filter(search.tables.trials["kind"] == "search")
+    counts = dict(racing.group_by("arm").len().iter_rows())
     place = {a: i for i, a in enumerate(search.race[0].arms)}
     best: dict[str, float] = {}
     seen: list[int] = []
     runs = 0
     out = []
     for arm in search.order:
-        runs += counts[arm]
+        runs += counts.get(arm, 0)
         if arm in place:
             seen.append(place[arm])
             for goal, m in zip(search.tables.study.goals, search.race, strict=True):

@@ -97,22 +97,36 @@ def _bars(rows: list[dict[str, Any]], names: list[str], shown: list[str]) -> dic
             {
                 "type": "bar",
                 "orientation": "h",
+                "offsetgroup": o,
                 "name": label_of(o),
                 "y": [short(n) for n in names],
                 "x": [own[n]["value"] for n in names],
                 "error_x": {"type": "data", "array": up, "arrayminus": down, "thickness": 1.2},
                 "marker": {"color": COLOURS[k]},
-                "customdata": [own[n]["total"] for n in names],
-                "hovertemplate": "%{y}: %{x:.3f} alone, %{customdata:.3f} with interactions<extra>"
-                + label_of(o)
-                + "</extra>",
+                "hovertemplate": f"%{{y}}: %{{x:.3f}} alone<extra>{label_of(o)}</extra>",
+            }
+        )
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "orientation": "h",
+                "offsetgroup": o,
+                "showlegend": False,
+                "y": [short(n) for n in names],
+                "x": [own[n]["total"] for n in names],
+                "marker": {"color": COLOURS[k], "symbol": "circle-open", "size": 9},
+                "hovertemplate": f"%{{y}}: %{{x:.3f}} with interactions<extra>{label_of(o)}</extra>",
             }
         )
     axes = {
         "xaxis": {"title": {"text": "share of the variance"}, "range": [0, 1.02]},
         "yaxis": {"autorange": "reversed"},
     }
-    return {"data": data, "layout": axes | {"barmode": "group", "height": 46 * len(names) + 160}}
+    return {
+        "data": data,
+        "layout": axes | {"barmode": "group", "scattermode": "group", "height": 46 * len(names) + 160},
+    }
 
 
 def dependence(c: Context) -> View:
@@ -234,8 +248,8 @@ def _map(ax: Any, r: dict[str, Any], low: float, high: float, side: str) -> Any:
                 bright = share > 0.6 if side == "higher" else share < 0.4
                 ax.text(i, j, n, ha="center", va="center", fontsize=6.5, color="#101114" if bright else "#f8f8f8")
     first, second = r["levels"]
-    ax.set_xticks(range(len(first)), [wrap(v, 9, 1) for v in first], rotation=45 if max(map(len, first)) > 4 else 0)
-    ax.set_yticks(range(len(second)), [wrap(v, 9, 1) for v in second])
+    ax.set_xticks(range(len(first)), [wrap(v, 12, 1) for v in first], rotation=45 if max(map(len, first)) > 4 else 0)
+    ax.set_yticks(range(len(second)), [wrap(v, 12, 1) for v in second])
     ax.tick_params(labelsize=6.5)
     ax.set_xlabel(short(r["factors"][0]))
     ax.set_ylabel(short(r["factors"][1]))

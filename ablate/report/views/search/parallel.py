@@ -138,7 +138,25 @@ def _plot(
             }
         )
     names = {"tickvals": list(range(len(columns))), "ticktext": [wrap(t, 14, 1) for _, t in titles]}
-    layout = {"xaxis": {**names, "showgrid": True}, "yaxis": {"visible": False, "range": [-0.2, 1.06]}, "height": 480}
+    ticks = [
+        {
+            "x": j,
+            "y": place,
+            "text": wrap(name, 14, 1),
+            "xanchor": "left",
+            "yanchor": "bottom",
+            "showarrow": False,
+            "font": {"size": 10},
+        }
+        for j, (_, known) in enumerate(columns)
+        for place, name in known
+    ]
+    layout = {
+        "xaxis": {**names, "showgrid": True},
+        "yaxis": {"visible": False, "range": [-0.2, 1.06]},
+        "annotations": ticks,
+        "height": 480,
+    }
     return {"data": data[::-1], "layout": layout}
 
 
