@@ -88,7 +88,7 @@ def importances(c: Context) -> View:
 
 
 def _bars(rows: list[dict[str, Any]], names: list[str], shown: list[str]) -> dict[str, Any]:
-    data = []
+    data: list[dict[str, Any]] = []
     for k, o in enumerate(shown):
         own = {r["factor"]: r for r in rows if r["endpoint"] == o}
         up = [max(0.0, own[n]["interval"][1] - own[n]["value"]) for n in names]
