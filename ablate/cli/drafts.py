@@ -15,7 +15,7 @@ from ablate.config.drafts import DESIGNS, new_study
 @example("new mine --design search")
 def new(
     name: Name,
-    design: Annotated[str, typer.Option(help=f"{', '.join(DESIGNS)}.")] = "factorial",
+    design: Annotated[str, typer.Option(help="factorial, one_at_a_time, search or confirm.")] = "factorial",
 ) -> None:
     """Write a commented study file, studies/NAME.yaml, with a schema beside it that editors read."""
     among([design], [*DESIGNS], "design")

@@ -18,7 +18,7 @@ FORMATS = ["csv", "tensorboard"]
 @example("export laptop --format tensorboard")
 def export(
     name: Name,
-    form: Annotated[str, typer.Option("--format", help=f"{' or '.join(FORMATS)}.")] = "csv",
+    form: Annotated[str, typer.Option("--format", help="csv or tensorboard.")] = "csv",
     out: Annotated[Path | None, typer.Option(help="Folder; out/NAME/FORMAT if not given.", show_default=False)] = None,
 ) -> None:
     """Write a study's trials, curves, balance and verdicts as CSV, or its curves for TensorBoard; published ones too."""
