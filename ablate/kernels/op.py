@@ -17,6 +17,8 @@ from ablate.kernels import reference
 from ablate.kernels.backend import REFERENCE, choose, load
 from ablate.kernels.spec import NodeBackward, TreeSpec, parse_spec
 
+INSTEAD = "with backend='reference', plain PyTorch, it has one"
+
 
 class TreeOutput(NamedTuple):
     """What one call of the layer returns: y [..., d]; leaves int32 [N, K]; path responses [N, K, D + W], detached."""
@@ -43,9 +45,11 @@ def tree_feedforward(
     `w_in` [K, M + L·W, d], `b` [K, M + L·W] or None, `w_out` [K, R, d], `thresholds` float [K, M] (0 where None),
     `leaves` int [N, K] to follow instead of routing. Gradients reach x, w_in, b and w_out; the branch decision has none.
     `node_backward` replaces phi' in the gradients of the nodes' rows of w_in and b, and nowhere else (see
-    `reference.node_slope`). Raises ValueError on shapes that do not fit.
+    `reference.node_slope`). The gradients have no gradients, and there is no forward-mode derivative, but in the backend
+    "reference": asked for, they are a RuntimeError. Raises ValueError on shapes and dtypes that do not fit.
     Sources: arXiv 2604.08565, 2311.10770, 2308.14711.
     """
+    check_input(x, w_in)
     d, n = x.shape[-1], x.numel() // max(1, x.shape[-1])
     wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
         "w_in": (w_in, (spec.trees, spec.in_rows, d)),
@@ -63,6 +67,7 @@ def tree_feedforward(
         if chosen == REFERENCE:
             y, leaves, responses = reference.forward(flat, w_in, b, w_out, thresholds, leaves, spec, node_backward)
         else:
+            refuse_tangents(flat, w_in, b, w_out)
             own = node_backward == "own"
             w, bias = (w_in, b) if own else (w_in.detach(), None if b is None else b.detach())
             y, leaves, responses = forward_operator(flat, w, bias, w_out, thresholds, leaves, chosen, spec.key)
@@ -87,6 +92,28 @@ def route(
     chosen = choose(backend, flat.device, flat.dtype)
     find = reference.route if chosen == REFERENCE else load(chosen).route
     return find(flat, w_in.detach(), None if b is None else b.detach(), thresholds, spec)
+
+
+def check_input(x: Tensor, w_in: Tensor) -> None:
+    """Raise ValueError where an input x [..., d] does not fit a layer's weights [..., d]; the message says what would."""
+    if x.ndim == 0 or x.shape[-1] != w_in.shape[-1]:
+        has = f"{x.shape[-1]} features" if x.ndim else "no features"
+        raise ValueError(f"the input has {has}, the layer takes {w_in.shape[-1]}: its shape is {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"the input is {x.dtype}: floating-point numbers are expected")
+    if x.device != w_in.device:
+        raise ValueError(f"the input is on {x.device}, the layer on {w_in.device}: move one of them")
+    if x.dtype != w_in.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(f"the input is {x.dtype}, the layer {w_in.dtype}: convert one of them, or use torch.autocast")
+
+
+def refuse_tangents(*tensors: Tensor | None) -> None:
+    """Raise RuntimeError where forward-mode differentiation is under way: the operator would return a derivative of 0."""
+    if torch.compiler.is_compiling():
+        return
+    for tensor in tensors:
+        if tensor is not None and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
+            raise RuntimeError(f"the tree layer has no forward-mode derivative: {INSTEAD}")
 
 
 def check_shapes(wanted: Mapping[str, tuple[Tensor | None, tuple[int, ...]]], x: Tensor, spec: TreeSpec) -> None:
@@ -189,7 +216,13 @@ def _backward(ctx: Any, gy: Tensor | None, _leaves: Any, _responses: Any) -> tup
     return (*kept, *untouched)
 
 
+def no_second(ctx: Any, *_: Any) -> Any:
+    """Say that a gradient cannot be differentiated, where autograd asks for that."""
+    raise RuntimeError(f"the tree layer's gradient has no gradient of its own (no second derivative): {INSTEAD}")
+
+
 forward_operator.register_autograd(_backward, setup_context=_setup_context)
+backward_operator.register_autograd(no_second)
 
 
 class _OtherSlope(torch.autograd.Function):

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ablate.config import Tree
+from ablate.kernels.op import check_input
 from ablate.kernels.ragged.op import ragged_feedforward, route
 from ablate.kernels.ragged.shape import shape_of
 from ablate.model.tree import TreeFeedForward, tree_spec
@@ -63,7 +64,8 @@ class RaggedFeedForward(nn.Module):
         return int(self.w_in.shape[0])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Y [..., d] of x [..., d]."""
+        """Y [..., d] of x [..., d]; raises ValueError on another width or dtype."""
+        check_input(x, self.w_in)
         leaves = None
         if self.router_w is not None and len(self.branches):
             leaves, _ = route(

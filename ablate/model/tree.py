@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ablate.config import Tree, parse
 from ablate.distributed import sum_over_ranks
 from ablate.kernels.activations import unit_gain
-from ablate.kernels.op import route, tree_feedforward
+from ablate.kernels.op import check_input, route, tree_feedforward
 from ablate.kernels.reference import path_nodes
 from ablate.kernels.spec import TreeSpec, is_identity
 from ablate.model import auxiliary_losses, init
@@ -111,6 +111,7 @@ class TreeFeedForward(nn.Module):
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
         """Finish an initialisation that looks at data, and set the input mean, from tokens x [..., d]."""
+        check_input(x.to(self.w_in.dtype), self.w_in)
         x = x.detach().reshape(-1, x.shape[-1]).to(self.w_in.dtype)
         nodes = self.spec.nodes
         if self.tree.init == "orthogonal":
@@ -122,7 +123,8 @@ class TreeFeedForward(nn.Module):
         self.freeze_router()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Y [..., d] of x [..., d], in x's dtype (autocast's where it is on)."""
+        """Y [..., d] of x [..., d], in x's dtype (autocast's where it is on); raises ValueError on another width or dtype."""
+        check_input(x, self.w_in)
         if self.calibrating:
             self.calibrate(x)
         thresholds = self.effective_thresholds()

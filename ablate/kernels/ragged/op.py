@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from ablate.kernels.backend import RaggedBackend, choose, load_ragged
-from ablate.kernels.op import TreeOutput, cast_for_autocast, check_shapes, or_empty
+from ablate.kernels.op import (
+    TreeOutput,
+    cast_for_autocast,
+    check_input,
+    check_shapes,
+    no_second,
+    or_empty,
+    refuse_tangents,
+)
 from ablate.kernels.ragged import reference
 from ablate.kernels.ragged.shape import Shape
 from ablate.kernels.spec import TreeSpec, parse_spec
@@ -31,8 +39,9 @@ def ragged_feedforward(
     `w_in` [R, d], `b` [R] or None, `w_out` [R, d] (leaf rows only where `spec.node_output` is off), `thresholds` [n],
     `leaves` int [N, K] to follow instead of routing. Responses [N, K, D + W] are in the column of a node's level, 0
     beyond the end of its path. Backends without kernels for ragged trees are computed by plain PyTorch. Raises
-    ValueError on shapes that do not fit.
+    ValueError on shapes and dtypes that do not fit.
     """
+    check_input(x, w_in)
     nodes, leaf_rows = len(shape.branches), len(shape.lengths) * spec.leaf_width
     d = x.shape[-1]
     wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
@@ -49,6 +58,7 @@ def ragged_feedforward(
         if load_ragged(chosen) is None:
             y, taken, responses = reference.forward(flat, w_in, b, w_out, thresholds, leaves, shape, spec)
         else:
+            refuse_tangents(flat, w_in, b, w_out)
             y, taken, responses = forward_operator(
                 flat, w_in, b, w_out, thresholds, leaves, list(shape), chosen, spec.key
             )
@@ -158,3 +168,4 @@ def _backward(ctx: Any, gy: Tensor | None, _leaves: Any, _responses: Any) -> tup
 
 
 forward_operator.register_autograd(_backward, setup_context=_setup_context)
+backward_operator.register_autograd(no_second)
