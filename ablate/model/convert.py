@@ -10,7 +10,6 @@ type, where under the old one it would build MLPs with random weights.
 from __future__ import annotations
 
 import copy
-import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ablate.config import ConfigError, Tree, parse
+from ablate.config.text import load_json, read_text
 from ablate.model import neuron_placement
 from ablate.model.mlps import Found, TreeMlp, find_mlps, replace
 from ablate.model.transformer import evaluating
@@ -136,11 +136,11 @@ def from_pretrained(folder: str | Path, **arguments: Any) -> Any:
     """
     path = Path(folder) / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = load_json(read_text(path, repr(str(path))), repr(str(path)))
         base = config["ablate"]["base_class"]
     except FileNotFoundError:
         raise ConfigError(f"{str(path)!r} does not exist: a folder written by save_pretrained is expected") from None
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError):
+    except (KeyError, TypeError):
         raise ConfigError(f"{str(path)!r} is not a converted model's configuration: it has no entry 'ablate'") from None
     return register(base).from_pretrained(folder, **arguments)
 
@@ -151,7 +151,7 @@ def register(base_class: str) -> Any:
     Raises ConfigError where `transformers` has no such class.
     """
     transformers = _transformers()
-    base = getattr(transformers, base_class, None)
+    base = getattr(transformers, str(base_class), None)
     if not (isinstance(base, type) and issubclass(base, transformers.PreTrainedModel)):
         raise ConfigError(f"{base_class!r} is not a model class of transformers {transformers.__version__}")
     return _tree_class(base)
@@ -215,11 +215,12 @@ def _fit_rows(x: Tensor) -> Tensor:
 @torch.no_grad()
 def _inputs(model: nn.Module, found: list[Found], calibration: Batch) -> dict[str, Tensor]:
     """Inputs [N, d] of every MLP in one pass of the dense model, float32 on the CPU."""
-    seen: dict[str, Tensor] = {}
+    seen: dict[str, list[Tensor]] = {}
 
     def keep(name: str) -> Any:
         def hook(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            seen[name] = arguments[0].detach().reshape(-1, arguments[0].shape[-1]).float().cpu()
+            rows = arguments[0].detach().reshape(-1, arguments[0].shape[-1]).float().cpu()
+            seen.setdefault(name, []).append(rows)  # a block that is used twice calls its MLP twice
 
         return hook
 
@@ -237,7 +238,11 @@ def _inputs(model: nn.Module, found: list[Found], calibration: Batch) -> dict[st
     missing = [f.name for f in found if f.name not in seen]
     if missing:
         raise ConfigError(f"layers: {missing[0]!r} was not called while the calibration batch ran")
-    return seen
+    inputs = {name: torch.cat(rows) for name, rows in seen.items()}
+    for name, x in inputs.items():
+        if not bool(x.isfinite().all()):
+            raise ConfigError(f"calibration: the model's own inputs of {name!r} are not finite")
+    return inputs
 
 
 # --- Hugging Face classes

@@ -65,6 +65,11 @@ class DenseMlp:
         """Whether a second projection multiplies the activations (Llama, Qwen; GLU variants, arXiv 2002.05202)."""
         return self.up is not None
 
+    def tensors(self) -> list[Tensor]:
+        """Return all weights there are."""
+        given = (self.w_in, self.b_in, self.w_out, self.b_out, self.up, self.b_up)
+        return [t for t in given if t is not None]
+
     def hidden(self, x: Tensor) -> Tensor:
         """H [N, F] of x [N, d]."""
         h = base(F.linear(x, self.w_in, self.b_in), self.activation)
@@ -88,32 +93,103 @@ class Found:
     """Names of modules that do nothing any more: OPT's layers hold fc1, activation and fc2 side by side."""
 
 
-def find_mlps(model: nn.Module, layers: Iterable[int] | str | Sequence[str] | None = None) -> list[Found]:
-    """The MLPs of a model in module order, all of them, those at the given places, or those that match name patterns.
+@dataclass(frozen=True)
+class Unread:
+    """What looks like an MLP of the model, and why no tree can take its place."""
 
-    Patterns are shell-style (`fnmatch`) over dotted module names. Raises ConfigError where nothing matches, where a
-    place does not exist, and where a pattern names a module that cannot be read as an MLP, with the reason.
+    name: str
+    why: str
+
+
+def find_mlps(model: nn.Module, layers: Iterable[int] | str | Sequence[str] | None = None) -> list[Found]:
+    """Return the MLPs of a model in module order, all of them, those at places, or those that match name patterns.
+
+    Patterns are shell-style (`fnmatch`) over dotted module names. Places count every MLP, also what cannot be replaced.
+
+    Raises:
+        ConfigError: nothing matches; a place does not exist; an MLP that is asked for cannot be read, with the reason;
+            the model has no weights (`meta`), or one MLP in two places.
     """
+    if any(p.is_meta for p in model.parameters()):
+        raise ConfigError(f"model: {type(model).__name__} has weights on 'meta', without data: load them first")
     patterns = [layers] if isinstance(layers, str) else layers
     if patterns is not None and all(isinstance(p, str) for p in patterns):
-        return _by_pattern(model, [str(p) for p in patterns])
-    found: list[Found] = []
+        chosen: Sequence[Found | Unread] = _by_pattern(model, [str(p) for p in patterns])
+    else:
+        chosen = _at_places(model, None if layers is None else [int(i) for i in layers])
+    for one in chosen:
+        if isinstance(one, Unread):
+            raise ConfigError(f"layers: MLP {one.name!r} cannot be replaced: {one.why}; give `layers` without it")
+    found = [one for one in chosen if isinstance(one, Found)]
+    _refuse_shared(model, found)
+    return found
+
+
+def _at_places(model: nn.Module, places: list[int] | None) -> list[Found | Unread]:
+    known = _mlps(model)
+    if not any(isinstance(one, Found) for one in known):
+        what = "no MLP that can be read (two projections with an activation between them, or three if gated)"
+        why = f": {known[0].name!r}: {known[0].why}" if known and isinstance(known[0], Unread) else ""
+        raise ConfigError(f"layers: {type(model).__name__} has {what}{why}")
+    if places is None:
+        return known
+    for i in places:
+        if not -len(known) <= i < len(known):
+            raise ConfigError(f"layers has {i}: the model has {len(known)} MLPs, 0 to {len(known) - 1}")
+    return [known[i] for i in sorted({i % len(known) for i in places})]
+
+
+def _mlps(model: nn.Module) -> list[Found | Unread]:
+    """Return all that are MLPs, in module order; a module named like one that was read is one too."""
+    known: list[Found | Unread] = []
+    others: dict[str, str] = {}
     for name, module in model.named_modules():
-        if any(name.startswith(f"{f.name}.") for f in found):
+        if any(name.startswith(f"{one.name}.") for one in known):
             continue
         read = _read(name, module)
-        if isinstance(read, Found):
-            found.append(read)
-    if not found:
-        what = "no MLP that can be read (two projections with an activation between them, or three if gated)"
-        raise ConfigError(f"layers: {type(model).__name__} has {what}")
-    if layers is None:
-        return found
-    places = [int(i) for i in layers]
-    for i in places:
-        if not -len(found) <= i < len(found):
-            raise ConfigError(f"layers has {i}: the model has {len(found)} MLPs, 0 to {len(found) - 1}")
-    return [found[i] for i in sorted({i % len(found) for i in places})]
+        if isinstance(read, Found | Unread):
+            known.append(read)
+        elif not isinstance(module, TreeMlp | TreeFeedForward):
+            others[name] = read
+    alike = {_anywhere(one.name) for one in known if isinstance(one, Found)}
+    for name, why in others.items():
+        if _anywhere(name) in alike and not any(one.name.startswith(f"{name}.") for one in known):
+            known.append(Unread(name, why))
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    return sorted(known, key=lambda one: order[one.name])
+
+
+def _anywhere(name: str) -> str:
+    """Return a module's name without the numbers that tell a layer from the next."""
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
+
+
+def _refuse_shared(model: nn.Module, found: list[Found]) -> None:
+    """Raise ConfigError where an MLP that goes is also used elsewhere: there it would stay, without a word."""
+    wanted = {id(model.get_submodule(one.name)): one.name for one in found}
+    places: dict[int, tuple[int, str]] = {}
+    tensors: dict[int, str] = {id(p): one.name for one in reversed(found) for p in _parameters(model, one)}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if id(module) in wanted:
+            parent, _, child = name.rpartition(".")
+            place = (id(model.get_submodule(parent)), child)
+            if places.setdefault(id(module), place) != place:
+                raise ConfigError(f"layers: {wanted[id(module)]!r} and {name!r} are one module: give each a copy first")
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner = tensors.get(id(parameter))
+        if owner and not any(name.startswith(f"{own}.") for own in _own_names(model, owner, found)):
+            raise ConfigError(f"layers: {owner!r} shares a weight with {name!r}: give each a copy first")
+
+
+def _parameters(model: nn.Module, one: Found) -> list[nn.Parameter]:
+    return [p for part in (one.name, *one.pass_through) for p in model.get_submodule(part).parameters()]
+
+
+def _own_names(model: nn.Module, owner: str, found: list[Found]) -> list[str]:
+    """Return every name under which the modules of an MLP can be reached."""
+    one = next(f for f in found if f.name == owner)
+    own = {id(model.get_submodule(part)) for part in (one.name, *one.pass_through)}
+    return [name for name, module in model.named_modules(remove_duplicate=False) if id(module) in own]
 
 
 def replace(model: nn.Module, name: str, pass_through: Iterable[str], new: nn.Module) -> None:
@@ -123,8 +199,8 @@ def replace(model: nn.Module, name: str, pass_through: Iterable[str], new: nn.Mo
         setattr(model.get_submodule(parent), child, module)
 
 
-def _by_pattern(model: nn.Module, patterns: list[str]) -> list[Found]:
-    found: list[Found] = []
+def _by_pattern(model: nn.Module, patterns: list[str]) -> list[Found | Unread]:
+    found: list[Found | Unread] = []
     for pattern in patterns:
         names = [n for n, _ in model.named_modules() if n and fnmatch.fnmatchcase(n, pattern)]
         if not names:
@@ -132,15 +208,23 @@ def _by_pattern(model: nn.Module, patterns: list[str]) -> list[Found]:
         for name in names:
             read = _read(name, model.get_submodule(name))
             if not isinstance(read, Found):
-                raise ConfigError(f"layers is {pattern!r}: module {name!r} cannot be replaced: {read}")
+                why = read if isinstance(read, str) else read.why
+                raise ConfigError(f"layers is {pattern!r}: module {name!r} cannot be replaced: {why}")
             if all(read.name != f.name for f in found):
                 found.append(read)
     order = {n: i for i, (n, _) in enumerate(model.named_modules())}
     return sorted(found, key=lambda f: order[f.name])
 
 
-def _read(name: str, module: nn.Module) -> Found | str:
-    """The module as an MLP, or why it is none."""
+def _read(name: str, module: nn.Module) -> Found | Unread | str:
+    """Return a module as an MLP, as one that cannot be replaced, or why it is none."""
+    read = _as_mlp(name, module)
+    if isinstance(read, Found) and not all(bool(t.isfinite().all()) for t in read.mlp.tensors()):
+        return Unread(name, "its weights are not finite")
+    return read
+
+
+def _as_mlp(name: str, module: nn.Module) -> Found | Unread | str:
     if isinstance(module, TreeMlp | TreeFeedForward):
         return "it is a tree already"
     if isinstance(module, DenseFeedForward):
@@ -177,7 +261,7 @@ def _inline(name: str, module: nn.Module) -> Found | str:
     return Found(f"{name}.fc1", mlp, 0.0, (f"{name}.activation_fn", f"{name}.fc2"))
 
 
-def _block(name: str, module: nn.Module) -> Found | str:
+def _block(name: str, module: nn.Module) -> Found | Unread | str:
     """A module that is an MLP and nothing else; what is read out of it must reproduce its output on random input."""
     linears = {n: p for n, m in module.named_children() if (p := _projection(m)) is not None}
     others = [m for m in module.children() if _projection(m) is None and not isinstance(m, nn.Dropout)]
@@ -193,24 +277,42 @@ def _block(name: str, module: nn.Module) -> Found | str:
     # The closest of all candidates, so that the two forms of GELU, and a gate and its factor, are not mistaken.
     pairs = [(parts[0], ())] if len(parts) == 2 else [(parts[0], parts[1]), (parts[1], parts[0])]
     candidates = [DenseMlp(*first, w_out, b_out, f, *up) for f in ACTIVATIONS for first, up in pairs]
+    if not all(bool(t.isfinite().all()) for t in candidates[0].tensors()):
+        return Unread(name, "its weights are not finite")
     difference = _differences(module, candidates)
-    best = min(range(len(candidates)), key=difference.__getitem__)
-    if difference[best] > TOLERANCE:
-        known = ", ".join(ACTIVATIONS)
-        return f"{type(module).__name__} computes something else than down(f(up(x))), with f one of {known}"
+    fits = [i for i, value in enumerate(difference) if value <= TOLERANCE]
+    if not fits:
+        why = f"{type(module).__name__} computes something else than down(f(up(x))), with f one of {', '.join(ACTIVATIONS)}"
+        # Attention has projections from its width to its width, and is none.
+        return Unread(name, why) if parts[0][0].shape[0] != d else why
+    best = _best(fits, difference, candidates, module)
+    if best is None:
+        return Unread(name, "its weights are zero: several activations give its output, so it cannot be read")
     drops = [(n, m.p) for n, m in module.named_children() if isinstance(m, nn.Dropout)]
     last = list(dict(module.named_children()))[-1]
     if any(p for n, p in drops if n != last):
-        return f"it drops out hidden units ({', '.join(n for n, _ in drops)}): set that to 0 first"
+        return Unread(name, f"it drops out hidden units ({', '.join(n for n, _ in drops)}): set that to 0 first")
     return Found(name, candidates[best], dict(drops).get(last, 0.0))
+
+
+def _best(fits: list[int], difference: list[float], candidates: list[DenseMlp], module: nn.Module) -> int | None:
+    """Return the place of the candidate that a module is; where several fit alike, its own activation decides."""
+    best = min(fits, key=difference.__getitem__)
+    alike = [i for i in fits if difference[i] <= difference[best]]
+    if len({candidates[i].activation for i in alike}) == 1:
+        return best
+    named = {_activation(child) for child in module.children() if _projection(child) is None}
+    return next((i for i in alike if candidates[i].activation in named), None)
 
 
 def _projection(module: nn.Module) -> tuple[Tensor, Tensor] | None:
     """Weight [out, in] and bias [out] of nn.Linear or Hugging Face's Conv1D (stored as [in, out]); None for others."""
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():  # quantised ones hold codes
+        return None
     if isinstance(module, nn.Linear):
         w = _plain(module.weight)
-    elif type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.ndim == 2:
+    elif type(module).__name__ == "Conv1D" and weight.ndim == 2:
         w = _plain(weight).T.contiguous()
     else:
         return None
