@@ -116,7 +116,7 @@ def _read(path: Path, name: str, schema: Schema) -> pl.DataFrame:
             f"then `ablate collect {name}`"
         )
     try:
-        frame = pl.read_parquet(path)
+        frame = pl.read_parquet(path, glob=False)
     except pl.exceptions.PolarsError as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"table {str(path)!r} cannot be read ({reason}): run `ablate collect {name}`") from None
@@ -163,7 +163,7 @@ def _history(path: Path, name: str) -> pl.DataFrame:
 def _scan(path: Path, name: str, schema: Schema) -> pl.LazyFrame | None:
     if not path.exists():
         return None
-    scan = pl.scan_parquet(path)
+    scan = pl.scan_parquet(path, glob=False)
     _check(scan.collect_schema().names(), schema, path, name)
     return scan
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from importlib.resources import files
+from pathlib import Path
 
 import jinja2
 import numpy as np
@@ -19,12 +20,24 @@ from rich.tree import Tree as Drawing
 
 from ablate.balance import metrics
 from ablate.balance.usage import counts_from, nodes_from, steps_of
-from ablate.config import ConfigError
+from ablate.config import ConfigError, reason
 
 BAR = 12
 """Characters of a bar that means all tokens of a tree."""
 MAX_STEPS = 60
 """Evaluations that a page holds at most, spread over the run, the first and the last among them."""
+
+
+def load(table: Path) -> pl.DataFrame:
+    """Return a trial's usage table; raises ConfigError for a file that is missing, damaged or another table."""
+    try:
+        frame = pl.read_parquet(table, glob=False)
+        _arrays(frame)
+    except (OSError, ValueError, pl.exceptions.PolarsError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"usage table {str(table)!r} cannot be used: {reason(error)}") from None
+    return frame
 
 
 def terminal(

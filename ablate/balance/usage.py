@@ -175,7 +175,9 @@ class UsageParts:
 
     def _table(self, steps: Sequence[int], kind: str, schema: dict[str, pl.DataType]) -> pl.DataFrame:
         parts = [self._part(step, kind) for step in steps]
-        return pl.concat([pl.DataFrame(schema=schema), *(pl.read_parquet(part) for part in parts if part.exists())])
+        return pl.concat(
+            [pl.DataFrame(schema=schema), *(pl.read_parquet(part, glob=False) for part in parts if part.exists())]
+        )
 
     def _part(self, step: int, kind: str) -> Path:
         return self.folder / f"{step:08d}.{kind}"

@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import typer
 
 import ablate
-from ablate.config import ConfigError, load_study, one_line
+from ablate.config import NAME, ConfigError, echo, load_study, one_line
 
 app = typer.Typer(
     name="ablate",
@@ -28,7 +28,10 @@ app.add_typer(bench_app, name="bench")
 app.add_typer(kernels_app, name="kernels")
 
 StudyFile = Annotated[Path, typer.Argument(help="A study file, such as studies/laptop.yaml.", show_default=False)]
-Name = Annotated[str, typer.Argument(help="A study's name, such as laptop.", show_default=False)]
+Name = Annotated[
+    str,
+    typer.Argument(help="A study's name, such as laptop.", show_default=False, callback=lambda name: study_name(name)),
+]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 Run = Annotated[str, typer.Argument(help="A trial's hash, an MLflow run's id, or a weights file.", show_default=False)]
 Settings = Annotated[
@@ -110,9 +113,19 @@ def with_progress(work: Callable[[Callable[[str, int, int | None], None]], R], *
         return work(report)
 
 
+def study_name(name: str) -> str:
+    """Return a study's name as typed; raises ConfigError for a file, and for what would lead out of results/."""
+    stem = Path(name).stem
+    if Path(name).suffix in {".yaml", ".yml"} and NAME.fullmatch(stem):
+        raise ConfigError(f"{echo(name)} is a file: a study's name is expected: {stem}")
+    if not NAME.fullmatch(name):
+        raise ConfigError(f"{echo(name)} is no study's name: letters, digits, '.', '_' and '-' are allowed")
+    return name
+
+
 def number(text: str) -> int:
-    """A number of shots as typed."""
-    if not text.isdecimal():
+    """Return a number of shots as typed."""
+    if not (text.isdecimal() and len(text) < 10):
         raise ConfigError(f"shots is {text!r}: a number from 0 up is expected")
     return int(text)
 
@@ -135,10 +148,12 @@ def table_of(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """Print a table; without a header where all columns are nameless."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, show_header=any(columns))
+    # As Text: in a plain string rich reads [x] as markup.
+    table = Table(title=Text(title, "table.title"), show_header=any(columns))
     for column in columns:
         table.add_column(column)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(one_line(cell)) for cell in row))
     Console().print(table)

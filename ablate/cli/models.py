@@ -25,7 +25,8 @@ from ablate.cli.common import (
     table_of,
 )
 from ablate.cli.waiting import busy
-from ablate.config import ConfigError, load_study
+from ablate.config import ConfigError, echo, load_study
+from ablate.config.text import is_text
 from ablate.files import write_text
 from ablate.results.layout import EVALUATION, ITEMS, PRUNED
 
@@ -112,13 +113,11 @@ def inspect(
     html: Annotated[Path | None, typer.Option(help="Write an interactive page here instead.")] = None,
 ) -> None:
     """Draw a trial's trees with their shares of the tokens and their gradient skew."""
-    import polars as pl
-
     from ablate.balance import inspect as inspection
     from ablate.training.runs import find_usage
 
     table = find_usage(run, ROOT)
-    frame, title = pl.read_parquet(table), f"{table.parent.name} {table.name.partition('.')[0]}"
+    frame, title = inspection.load(table), f"{table.parent.name} {table.name.partition('.')[0]}"
     if html is not None:
         write_text(html, inspection.page(frame, title))
         print(html)
@@ -198,6 +197,8 @@ def generate(
     """Write on from a prompt, with a key-value cache; each token touches one path a tree."""
     from ablate.training.runs import find_checkpoint
 
+    if not is_text(prompt):
+        raise ConfigError(f"prompt is {echo(prompt)}: text in UTF-8 is expected")
     path = find_checkpoint(run, ROOT)  # before torch is imported, which takes seconds
 
     with busy("loading the model"):

@@ -6,10 +6,11 @@ from ablate.config.reading import load_study
 from ablate.config.search import Finalists, Sampler
 from ablate.config.section import Section, digest, parse
 from ablate.config.settings import Corpus, Dense, Mixture, Model, Questions, Train, Tree, Trial
-from ablate.config.study import Budget, Contrast, Factor, Levels, Scalar, Study, check_field, integer_field
+from ablate.config.study import NAME, Budget, Contrast, Factor, Levels, Scalar, Study, check_field, integer_field
 from ablate.config.tune import Bracket, Tune
 
 __all__ = [
+    "NAME",
     "PRESETS",
     "Bracket",
     "Budget",

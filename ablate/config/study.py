@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cache, partial
 from typing import Annotated, Any, Literal, Self, get_args
@@ -85,6 +86,8 @@ class Budget(Settings):
     """Hours of all runs together."""
 
 
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+"""Of a study: it names files and folders."""
 # Names that a study cannot have, and why.
 RESERVED = {"compare": "out/compare holds comparisons of studies", "default": "MLflow's own experiment"}
 # Settings that no other design takes, added after the first plans were published.
@@ -94,7 +97,7 @@ SEARCH_ONLY = ("sampler", "race", "finalists", "enqueue", "warm_start")
 class Study(Settings):
     """One study file."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+    name: Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
     """The file's name without .yaml, where not given; letters, digits, `.`, `_` and `-`."""
     title: str = ""
     """Heading of the report."""
@@ -185,6 +188,9 @@ class Study(Settings):
             raise ValueError("contrasts is missing: design 'confirm' needs arms and contrasts")
         if self.contrasts and self.design != "confirm":
             raise ValueError(f"contrasts: only design 'confirm' has them, not {self.design!r}")
+        for name in self.arms:
+            if not (name.strip() and name.isprintable()):
+                raise ValueError(f"arms: {echo(name)} is no name: printable characters in one line are expected")
         for key in [*self.factors, *(k for a in self.arms.values() for k in a)]:
             _field(key)
         self._levels()

@@ -62,7 +62,8 @@ def published(root: Path) -> list[str]:
 
 def size(name: str, root: Path) -> int:
     """Trials of a published study: how long it takes to draw, roughly."""
-    return int(pl.scan_parquet(Layout(root, name).published / DATA / TRIALS).select(pl.len()).collect().item())
+    trials = Layout(root, name).published / DATA / TRIALS
+    return int(pl.scan_parquet(trials, glob=False).select(pl.len()).collect().item())
 
 
 def redraw(name: str, root: Path) -> list[str]:

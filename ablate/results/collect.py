@@ -157,7 +157,7 @@ def evaluation_row(evaluation: dict[str, Any]) -> dict[str, Any]:
 
 def routing_rows(trees: Path) -> pl.DataFrame:
     """Mean and worst tree of the ROUTING columns of trees.parquet, one row a trial and evaluation."""
-    rows = pl.scan_parquet(trees).group_by("trial", pl.col("step").cast(pl.Int64))
+    rows = pl.scan_parquet(trees, glob=False).group_by("trial", pl.col("step").cast(pl.Int64))
     means = [pl.col(name).cast(pl.Float64).mean() for name in ROUTING]
     worst = [getattr(pl.col(name).cast(pl.Float64), end)().alias(f"{name}_worst") for name, end in ROUTING.items()]
     return rows.agg(*means, *worst).collect(engine="streaming")
@@ -257,7 +257,7 @@ def _stream(
         },
         schema_overrides={"seed": pl.Int64()},
     )
-    rows = pl.scan_parquet([source(name) for name in present], include_file_paths="file")
+    rows = pl.scan_parquet([source(name) for name in present], glob=False, include_file_paths="file")
     joined = rows.join(place, on="file", how="left", maintain_order="left").select(list(schema))
     with replacing(path) as partial:
         joined.sink_parquet(partial, compression="zstd", maintain_order=True, row_group_size=ROW_GROUP)

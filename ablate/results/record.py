@@ -71,7 +71,7 @@ def load_record(path: Path) -> Record:
 
 def leaf_deaths(table: Path) -> dict[str, float]:
     """Births and deaths of leaves from a usage table (window `held_out`), for `Record.leaves`; {} without a tree."""
-    frame = pl.read_parquet(table) if table.exists() else pl.DataFrame()
+    frame = pl.read_parquet(table, glob=False) if table.exists() else pl.DataFrame()
     if frame.is_empty():
         return {}
     deaths = metrics.deaths(usage.counts_from(frame))
@@ -82,7 +82,7 @@ def leaf_deaths(table: Path) -> dict[str, float]:
 
 def tree_means(table: Path) -> dict[str, float]:
     """Last evaluation's means over layers and trees, for `Record.trees`; {} without a tree."""
-    frame = pl.read_parquet(table) if table.exists() else pl.DataFrame()
+    frame = pl.read_parquet(table, glob=False) if table.exists() else pl.DataFrame()
     if frame.is_empty():
         return {}
     last = frame.filter(pl.col("step") == pl.col("step").max()).drop("step", "layer", "tree")

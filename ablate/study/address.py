@@ -7,7 +7,15 @@ from pathlib import Path
 
 def default_storage(root: Path) -> str:
     """Return the URL of the SQLite database under the project's state folder."""
-    return f"sqlite:///{(root / 'state' / 'optuna.db').resolve()}"
+    return sqlite_url(root / "state" / "optuna.db")
+
+
+def sqlite_url(file: Path) -> str:
+    """Return the URL of an SQLite file, whatever its folders are called: in a URL, % and ? have a meaning."""
+    path = str(file.resolve())
+    coded = path.replace("%", "%25").replace("?", "%3F")
+    # MLflow makes the folder of a URL that begins with sqlite:///, and makes it with the percent code for a name.
+    return f"sqlite:///{coded}" if coded == path else f"sqlite+pysqlite:///{coded}"
 
 
 def shown(url: str) -> str:

@@ -137,7 +137,7 @@ def _published(run_id: str, root: Path) -> Found | None:
         return None
     found: dict[str, tuple[Path, dict[str, Any]]] = {}
     for path in sorted(root.glob(PUBLISHED)):
-        rows = pl.scan_parquet(path).filter(
+        rows = pl.scan_parquet(path, glob=False).filter(
             pl.col("run_id").str.starts_with(run_id) | pl.col("trial").str.starts_with(run_id)
         )
         found |= {row["trial"]: (path, row) for row in rows.collect().iter_rows(named=True)}
@@ -150,7 +150,7 @@ def _published(run_id: str, root: Path) -> Found | None:
     origin = {name: row[name.removeprefix("ablate.")] for name in kept}
     origin |= {names.GIT_DIRTY: str(row["git_dirty"]).lower(), names.THREADS: row["threads"]}
     origin = {name: str(value) for name, value in origin.items() if value is not None}
-    history = pl.scan_parquet(path.with_name(HISTORY))
+    history = pl.scan_parquet(path.with_name(HISTORY), glob=False)
     evaluations = history.filter(pl.col("trial") == row["trial"], pl.col(BPB.name).is_not_null()).collect()
     trial = parse(Trial, json.loads(row["config"]), where=f"trial {row['trial']}")
     return trial, origin, dict(zip(evaluations["step"].to_list(), evaluations[BPB.name].to_list(), strict=True))

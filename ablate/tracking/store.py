@@ -18,17 +18,20 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from sqlalchemy.engine import make_url
 
-from ablate.config import ConfigError, Section, Study
+from ablate.config import ConfigError, Section, Study, digest
 from ablate.results.layout import Layout
+from ablate.study.address import sqlite_url
 from ablate.tracking import tags as names
 
 PARAMS_A_BATCH = 100
+LONGEST_NAME = 250
+"""Characters of a parameter's or metric's name."""
 JOBS = "MLFLOW_SERVER_ENABLE_JOB_EXECUTION"
 
 
 def default_uri(root: Path) -> str:
     """The SQLite database under the project's state folder, as an absolute URI."""
-    return f"sqlite:///{(root / 'state' / 'mlflow.db').resolve()}"
+    return sqlite_url(root / "state" / "mlflow.db")
 
 
 def prepare_store(uri: str) -> MlflowClient:
@@ -54,7 +57,7 @@ def prepare_store(uri: str) -> MlflowClient:
 
 def sqlite_file(uri: str) -> Path | None:
     """The file of an SQLite URI, None for any other."""
-    if not uri.startswith("sqlite:"):
+    if not uri.startswith(("sqlite:", "sqlite+")):
         return None
     database = make_url(uri).database
     if not database or not Path(database).is_absolute():
@@ -63,7 +66,7 @@ def sqlite_file(uri: str) -> Path | None:
 
 
 def _checked(uri: str) -> MlflowClient:
-    if uri.split(":")[0] not in {"sqlite", "postgresql", "mysql", "mssql", "http", "https"}:
+    if uri.split(":")[0].partition("+")[0] not in {"sqlite", "postgresql", "mysql", "mssql", "http", "https"}:
         raise ConfigError(f"tracking is {uri!r}: sqlite:////path, postgresql://… or http(s)://… is expected")
     client = MlflowClient(uri)
     try:
@@ -183,8 +186,14 @@ def batches(params: dict[str, str]) -> Iterator[list[Param]]:
 
 
 def metric_name(key: str) -> str:
-    """A parameter's or metric's name with the characters that MLflow takes."""
-    return "".join(c if c.isalnum() or c in "_-. :/" else "_" for c in key)[:250]
+    """Return a parameter's or metric's name as MLflow takes it; two names that differ stay two.
+
+    MLflow allows some characters, 250 of them, and no name that means another one as a path (`a/../b`). A name that had
+    to be changed ends in a digest of what it was.
+    """
+    kept = "".join(c if c.isalnum() or c in "_-. :/" else "_" for c in key)
+    kept = "/".join("_" if part in {"", ".", ".."} else part for part in kept.split("/"))
+    return kept if kept == key and len(key) <= LONGEST_NAME else f"{kept[: LONGEST_NAME - 9]}_{digest(key)[:8]}"
 
 
 def first_line(error: Exception) -> str:
