@@ -33,7 +33,9 @@ def panels(
 
 
 def wrap(text: str, width: int = 26, lines: int = 2) -> str:
-    """Return text cut to a few short lines, for panel titles and ticks."""
+    """Return text cut to a few short lines, for panel titles, ticks and legends."""
+    if text.startswith("_"):  # Matplotlib leaves such a name out of legends
+        text = "\N{THIN SPACE}" + text
     parts = textwrap.wrap(text, width) or [""]
     return "\n".join(parts[:lines]) + ("…" if len(parts) > lines else "")
 

@@ -13,6 +13,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from ablate.config import Study
 from ablate.study.designs import Plan
@@ -85,7 +86,7 @@ class Display:
     def say(self, text: str) -> None:
         """Print a line above the table."""
         self._spoke = time.monotonic()
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def busy(self, text: str) -> Iterator[None]:
@@ -168,9 +169,10 @@ class Display:
             table.add_column(column, justify="left" if column == "arm" else "right")
         for event in self._now.values():
             step = f"{event.step}/{event.total}" if event.step else "starting"
-            table.add_row(event.arm, str(event.seed), step)
-        if text := self._best_text():
-            table.caption = text
+            table.add_row(Text(event.arm), str(event.seed), step)
+        caption = [self._best_text()]
         if self._failures:
-            table.caption = f"{table.caption or ''} · {self._failures} failed"
+            caption.append(f"{self._failures} failed")
+        if any(caption):
+            table.caption = Text(" · ".join(filter(None, caption)), "table.caption")
         return Group(self._progress, table)

@@ -11,6 +11,8 @@ import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from mlflow.tracking import MlflowClient
 from rich.console import Console
 from sqlalchemy.engine import make_url
@@ -18,8 +20,12 @@ from sqlalchemy.engine import make_url
 from ablate.balance import inspect as inspection
 from ablate.cli.common import number, study_name, table_of
 from ablate.config import ConfigError, Study
+from ablate.report.draw import wrap
 from ablate.results.layout import Layout
 from ablate.study.address import default_storage, sqlite_url
+from ablate.study.designs import expand
+from ablate.study.job import Event
+from ablate.study.progress import Display
 from ablate.tracking.store import LONGEST_NAME, batches, default_uri, flat, metric_name, prepare_store
 
 NAMES = [
@@ -170,6 +176,24 @@ def test_a_table_shows_names_as_they_are(name: str, capsys: pytest.CaptureFixtur
 @given(TEXT)
 def test_any_cell_is_printed(cell: str) -> None:
     table_of(cell[:8], ["a"], [[cell]])
+
+
+@pytest.mark.parametrize("name", ["[/x]", "[x]", "[bold]b[/bold]", "[red", ":smile:", "[link=file:///]x[/link]"])
+def test_a_running_arm_is_shown_as_it_is(name: str) -> None:
+    study = Study.model_validate({"name": "s", "factors": {"tree.mirror": [0]}, "arms": {name: {"tree.depth": 3}}})
+    screen = Console(file=io.StringIO(), force_terminal=True, width=120, color_system=None)
+    with Display(study, 1, screen) as progress:
+        progress.start(expand(study), 1, {name: {0: [1.5, 1.5]}})
+        progress.tell(Event(worker="w", kind="started", arm=name, seed=0, step=3, total=9))
+        progress.tell(Event(worker="w", kind="failed", arm=name, seed=1, message=f"{name} broke"))
+    shown = screen.file.getvalue()
+    assert shown.count(name) >= 3
+
+
+def test_a_name_that_begins_with_an_underscore_is_in_the_legend() -> None:
+    figure = Figure()
+    handles = [Line2D([], [], label=wrap(name)) for name in ("_x", "y")]
+    assert [text.get_text().strip() for text in figure.legend(handles=handles).get_texts()] == ["_x", "y"]
 
 
 def test_a_cell_cannot_colour_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
