@@ -112,7 +112,9 @@ def refuse_tangents(*tensors: Tensor | None) -> None:
     if torch.compiler.is_compiling():
         return
     for tensor in tensors:
-        if tensor is not None and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
+        if tensor is None:
+            continue
+        if torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
             raise RuntimeError(f"the tree layer has no forward-mode derivative: {INSTEAD}")
 
 

@@ -25,7 +25,7 @@ class Mlp(nn.Module):
         super().__init__()
         self.up, self.act, self.down = nn.Linear(D, UNITS), nn.GELU(), nn.Linear(UNITS, D)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.down(self.act(self.up(x)))
 
 
@@ -34,7 +34,7 @@ class Functional(Mlp):
         super().__init__()
         del self.act
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.down(F.gelu(self.up(x)))
 
 
@@ -43,16 +43,16 @@ class Block(nn.Module):
         super().__init__()
         self.mlp = mlp
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return x + self.mlp(x)
 
 
-def model(mlps: list[nn.Module] | None = None) -> nn.Sequential:
+def model(mlps: list[nn.Module] | None = None) -> Any:
     torch.manual_seed(0)
     return nn.Sequential(*(Block(mlp) for mlp in mlps or [Mlp(), Mlp(), Mlp()]))
 
 
-def kinds(net: nn.Sequential) -> list[bool]:
+def kinds(net: Any) -> list[bool]:
     return [isinstance(block.mlp, TreeMlp) for block in net]
 
 
@@ -100,7 +100,7 @@ def test_mlps_that_share_a_weight_are_refused(part: str) -> None:
     net = model()
     getattr(net[2].mlp, part).weight = getattr(net[0].mlp, part).weight
     assert f"'0.mlp' shares a weight with '2.mlp.{part}.weight'" in refused(net)
-    tied = nn.ModuleDict({"head": nn.Linear(D, UNITS), "net": model()})
+    tied: Any = nn.ModuleDict({"head": nn.Linear(D, UNITS), "net": model()})
     tied["head"].weight = tied["net"][1].mlp.up.weight
     with pytest.raises(ConfigError, match=r"'net\.1\.mlp' shares a weight with 'head\.weight'"):
         find_mlps(tied)
@@ -109,41 +109,41 @@ def test_mlps_that_share_a_weight_are_refused(part: str) -> None:
 # --- patched
 
 
-def adapter(net: nn.Sequential) -> None:
+def adapter(net: Any) -> None:
     own = net[0].mlp.up.forward
     net[0].mlp.up.forward = lambda x: own(x) + 1
 
 
-def hook(net: nn.Sequential) -> None:
+def hook(net: Any) -> None:
     net[0].mlp.register_forward_hook(lambda _m, _x, y: y * 2)
 
 
-def wrapped(net: nn.Sequential) -> None:
+def wrapped(net: Any) -> None:
     class Lora(nn.Module):
         def __init__(self, inner: nn.Linear) -> None:
             super().__init__()
             self.base, self.a, self.b = inner, nn.Linear(D, 2), nn.Linear(2, UNITS)
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor) -> Any:
             return self.base(x) + self.b(self.a(x))
 
     net[0].mlp.up = Lora(net[0].mlp.up)
 
 
-def other_activation(net: nn.Sequential) -> None:
+def other_activation(net: Any) -> None:
     net[0].mlp.act = nn.Softplus()
 
 
-def hidden_dropout(net: nn.Sequential) -> None:
+def hidden_dropout(net: Any) -> None:
     net[0].mlp.act = nn.Sequential(nn.GELU(), nn.Dropout(0.1), nn.ELU())
 
 
-def quantised(net: nn.Sequential) -> None:
+def quantised(net: Any) -> None:
     net[0].mlp.up.weight = nn.Parameter(torch.ones(UNITS, D, dtype=torch.int8), requires_grad=False)
 
 
 @pytest.mark.parametrize("patch", [adapter, hook, wrapped, other_activation, hidden_dropout, quantised])
-def test_an_mlp_that_cannot_be_read_is_named_and_keeps_its_place(patch: Callable[[nn.Sequential], None]) -> None:
+def test_an_mlp_that_cannot_be_read_is_named_and_keeps_its_place(patch: Callable[[Any], None]) -> None:
     for layers in (None, [0], [0, 1], "*.mlp", "0.mlp"):
         net = model()
         patch(net)
