@@ -49,7 +49,6 @@ def tree_feedforward(
     "reference": asked for, they are a RuntimeError. Raises ValueError on shapes and dtypes that do not fit.
     Sources: arXiv 2604.08565, 2311.10770, 2308.14711.
     """
-    check_input(x, w_in)
     d, n = x.shape[-1], x.numel() // max(1, x.shape[-1])
     wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
         "w_in": (w_in, (spec.trees, spec.in_rows, d)),
@@ -59,6 +58,7 @@ def tree_feedforward(
         "leaves": (leaves, (n, spec.trees)),
     }
     check_shapes(wanted, x, spec)
+    check_input(x, w_in)
     if node_backward != "own" and not (spec.placement == "unit" and spec.node_output):
         raise ValueError(f"node_backward is {node_backward!r}: it needs placement 'unit' and node_output on")
     flat, w_in, b, w_out = cast_for_autocast(x.reshape(-1, d), w_in, b, w_out)

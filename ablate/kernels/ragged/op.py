@@ -41,7 +41,6 @@ def ragged_feedforward(
     beyond the end of its path. Backends without kernels for ragged trees are computed by plain PyTorch. Raises
     ValueError on shapes and dtypes that do not fit.
     """
-    check_input(x, w_in)
     nodes, leaf_rows = len(shape.branches), len(shape.lengths) * spec.leaf_width
     d = x.shape[-1]
     wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
@@ -52,6 +51,7 @@ def ragged_feedforward(
         "leaves": (leaves, (x.numel() // max(1, d), spec.trees)),
     }
     check_shapes(wanted, x, spec)
+    check_input(x, w_in)
     flat, w_in, b, w_out = cast_for_autocast(x.reshape(-1, d), w_in, b, w_out)
     chosen = choose(backend, flat.device, flat.dtype)
     with torch.autocast(x.device.type, enabled=False):
