@@ -181,12 +181,13 @@ def test_any_cell_is_printed(cell: str) -> None:
 @pytest.mark.parametrize("name", ["[/x]", "[x]", "[bold]b[/bold]", "[red", ":smile:", "[link=file:///]x[/link]"])
 def test_a_running_arm_is_shown_as_it_is(name: str) -> None:
     study = Study.model_validate({"name": "s", "factors": {"tree.mirror": [0]}, "arms": {name: {"tree.depth": 3}}})
-    screen = Console(file=io.StringIO(), force_terminal=True, width=120, color_system=None)
+    file = io.StringIO()
+    screen = Console(file=file, force_terminal=True, width=120, color_system=None)
     with Display(study, 1, screen) as progress:
         progress.start(expand(study), 1, {name: {0: [1.5, 1.5]}})
         progress.tell(Event(worker="w", kind="started", arm=name, seed=0, step=3, total=9))
         progress.tell(Event(worker="w", kind="failed", arm=name, seed=1, message=f"{name} broke"))
-    shown = screen.file.getvalue()
+    shown = file.getvalue()
     assert shown.count(name) >= 3
 
 
