@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ablate.analysis import arms, controls, sections, tails
+from ablate.analysis import arms, controls, rates, sections, tails
 from ablate.analysis.contrasts import ALPHA
 from ablate.analysis.factors import analyse_factors
 from ablate.analysis.families import drawn_balance, judge_all, judged
@@ -78,6 +78,10 @@ def compute(tables: Tables) -> dict[str, Any]:
         what = f"{tables.study.quality.short} without dead subtrees, against the whole model and against as many other units removed"
         families.append({"family": "pruning", "adjustment": "bh", "size": len(removal), "what": what, "alpha": ALPHA})
     reference = arms.reference_arm(tables)
+    balanced = restored(tables, runs, frame, reference)
+    tuned = rates.learning_rates(tables)
+    rates.name_rates(tables, found, tuned)
+    rates.withhold_restored(balanced, reference, tuned)
     searched = tables.study.design == "search"
     whole, importance = story(tables, generator(f"{tables.name}/search")) if searched else ({}, [])
     return {
@@ -97,12 +101,13 @@ def compute(tables: Tables) -> dict[str, Any]:
         "families": families,
         "findings": found,
         "arms": summaries,
-        "restored": restored(tables, runs, frame, reference),
+        "restored": balanced,
         "effects": {k: factors[k] for k in ("terms", "withheld", "left_out", "cells")},
         "importance": importance,
         "collapse": sections.collapse(runs, arms.order(tables), margins),
         "pareto": None if searched else sections.front(tables, frame, drawn_balance(tables.study), rng),
-        "learning_rates": sections.learning_rates(tables),
+        "rate_rule": rates.rule_of(tables),
+        "learning_rates": tuned,
         "power": power,
         "mechanism": mechanism(tables, frame, found),
         "twins": sections.twins(tables, frame, runs),

@@ -1,6 +1,4 @@
-"""Parts of findings.json beside the comparisons: collapse, Pareto front, learning rates, power, A/A twins,
-deviations.
-"""
+"""Parts of findings.json beside the comparisons: collapse, Pareto front, power, A/A twins, deviations."""
 
 from __future__ import annotations
 
@@ -14,6 +12,7 @@ import polars as pl
 
 from ablate.analysis import contrasts, pareto, power, tails
 from ablate.analysis.frames import Tables
+from ablate.analysis.rates import learning_rates
 from ablate.analysis.verdicts import Runs
 from ablate.config.endpoints import N_EFF, Endpoint
 from ablate.kernels.spec import is_identity
@@ -92,48 +91,6 @@ def front(tables: Tables, frame: pl.DataFrame, balance: Endpoint, rng: np.random
         "interval": found["interval"],
         "arms": rows_out,
     }
-
-
-def learning_rates(tables: Tables) -> list[dict[str, Any]]:
-    """Per arm with tuning runs: mean quality at each rate, the best one, whether it is interior, expected best of n."""
-    quality = tables.study.quality
-    q = quality.name
-    tune = tables.trials.filter((pl.col("kind") == "tune") & pl.col("lr").is_not_null())
-    out = []
-    for key, group in tune.partition_by("arm", as_dict=True, maintain_order=True).items():
-        rates = []
-        for lr, part in group.sort("lr").partition_by("lr", as_dict=True, maintain_order=True).items():
-            ok = part.filter((pl.col("status") == "finished") & pl.col(q).is_not_null())[q].to_numpy()
-            mean = float(ok.mean()) if len(ok) == part.height and len(ok) else None
-            rates.append({"lr": lr[0], q: mean, "n": part.height, "diverged": part.height - len(ok)})
-        known = [r for r in rates if r[q] is not None]
-        if not known:
-            out.append({"arm": key[0], "rates": rates, "best": None, "interior": None, "best_of_n": [], "run_ids": []})
-            continue
-        best = min(known, key=lambda r: quality.sign * r[q])["lr"]
-        out.append(
-            {
-                "arm": key[0],
-                "rates": rates,
-                "best": best,
-                "interior": rates[0]["lr"] < best < rates[-1]["lr"],
-                "best_of_n": best_of(np.array([r[q] for r in known]), quality),
-                "run_ids": group["run_id"].to_list(),
-            }
-        )
-    return sorted(out, key=lambda r: str(r["arm"]))
-
-
-def best_of(values: Any, quality: Endpoint) -> list[float]:
-    """Expected best of n of these values drawn without replacement, n = 1..N (the unbiased estimator of
-    2110.00613).
-    """
-    ordered = quality.sign * np.sort(quality.sign * np.asarray(values, dtype=float))
-    total = len(ordered)
-    return [
-        float(sum(v * math.comb(total - i - 1, n - 1) for i, v in enumerate(ordered)) / math.comb(total, n))
-        for n in range(1, total + 1)
-    ]
 
 
 def seeds_and_power(found: list[dict[str, Any]], margins: dict[str, float]) -> list[dict[str, Any]]:

@@ -34,6 +34,7 @@ from ablate.results.columns import (
 )
 from ablate.results.layout import Layout
 from ablate.results.plan_file import load_plan
+from ablate.results.rates import rate_table
 from ablate.results.record import Record
 
 _ROUTING = {name + end for name in ROUTING for end in ("", "_worst")}
@@ -43,10 +44,11 @@ ROW_GROUP = 1_000_000
 
 
 def collect(study: str, root: Path) -> Path:
-    """Write tables/<study>/{trials,history,usage,trees,motion,prune}.parquet from results/<study>/; same results, same bytes.
+    """Write tables/<study>/{trials,history,usage,trees,motion,prune,rates}.parquet from results/<study>/; same results, same bytes.
 
     Rows are in the plan's order (a search's in the order of its trials' hashes). Results of an earlier plan that are
-    no longer part of it are left out. prune.parquet is there only where a trial was pruned.
+    no longer part of it are left out. prune.parquet is there only where a trial was pruned, rates.parquet where learning
+    rates were tuned.
 
     Raises:
         ConfigError: there is no plan or no result yet, or a result file is damaged.
@@ -80,7 +82,8 @@ def collect(study: str, root: Path) -> Path:
         | dict.fromkeys(scores, pl.Float64())
         | {FACTOR + key: _dtype(row[FACTOR + key] for row in trials) for key in keys}
     )
-    _write(_frame(trials, schema), layout.tables / files.TRIALS)
+    frame = _frame(trials, schema)
+    _write(frame, layout.tables / files.TRIALS)
     _stream(layout, order, layout.usage, USAGE_TABLE_SCHEMA, layout.tables / files.USAGE)
     _stream(layout, order, layout.trees, TREES_TABLE_SCHEMA, layout.tables / files.TREES)
     _stream(layout, order, layout.motion, MOTION_TABLE_SCHEMA, layout.tables / files.MOTION)
@@ -88,10 +91,8 @@ def collect(study: str, root: Path) -> Path:
     routing = routing_rows(layout.tables / files.TREES)
     evaluations = evaluations.join(routing, on=["trial", "step"], how="left", maintain_order="left")
     _write(evaluations.select(list(HISTORY_SCHEMA)), layout.tables / files.HISTORY)
-    if pruned:
-        _write(pl.DataFrame(pruned, PRUNE_SCHEMA, strict=False), layout.tables / files.PRUNE)
-    else:
-        (layout.tables / files.PRUNE).unlink(missing_ok=True)
+    _write_or_remove(pl.DataFrame(pruned, PRUNE_SCHEMA, strict=False), layout.tables / files.PRUNE)
+    _write_or_remove(rate_table(frame, plan), layout.tables / files.RATES)
     return layout.tables
 
 
@@ -233,6 +234,14 @@ def _frame(rows: list[dict[str, Any]], schema: dict[str, pl.DataType]) -> pl.Dat
 def _write(frame: pl.DataFrame, path: Path) -> None:
     with replacing(path) as partial:
         frame.write_parquet(partial, compression="zstd")
+
+
+def _write_or_remove(frame: pl.DataFrame, path: Path) -> None:
+    """Write a table that only some studies have; an earlier one goes where there are no rows."""
+    if frame.is_empty():
+        path.unlink(missing_ok=True)
+    else:
+        _write(frame, path)
 
 
 def _stream(

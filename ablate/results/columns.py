@@ -6,7 +6,7 @@ import polars as pl
 
 from ablate.balance.metrics import FLAGS, SUMMARY
 from ablate.balance.usage import MOTION_SCHEMA, NORMS, TREES_SCHEMA, USAGE_SCHEMA
-from ablate.config.endpoints import BPB
+from ablate.config.endpoints import BPB, ENDPOINTS
 from ablate.model.counts import Cost
 
 COST = tuple(Cost.model_fields)
@@ -107,6 +107,20 @@ TREES_TABLE_SCHEMA: dict[str, pl.DataType] = {**_PLACE, **TREES_SCHEMA}
 """trees.parquet, one row a tree, evaluation and trial."""
 MOTION_TABLE_SCHEMA: dict[str, pl.DataType] = {**_PLACE, **MOTION_SCHEMA}
 """motion.parquet, one row a node that probe tokens reached, evaluation and trial with train.motion."""
+
+RATES_SCHEMA: dict[str, pl.DataType] = {
+    "study": pl.String(),
+    "arm": pl.String(),
+    "round": pl.Int64(),  # of the bracket: 0 the first three rates, then one more each, last the refinement; a grid has 0
+    "lr": pl.Float64(),
+    "trials": pl.Int64(),  # one a tuning seed
+    "diverged": pl.Int64(),
+    # Means over the tuning seeds; null where a trial diverged (bpb), or without a tree (balance).
+    **{name: pl.Float64() for name in ENDPOINTS},
+    "chosen": pl.Boolean(),
+    "bound": pl.Boolean(),  # chosen as the smallest or largest rate tried: a bound, not an optimum
+}
+"""rates.parquet, one row a learning rate that an arm tried; only where rates were tuned."""
 
 # How prune.parquet names what units were removed by: dead leaves, at random, or smallest weight norm first.
 DEAD, RANDOM, MAGNITUDE = "dead", "random", "magnitude"

@@ -17,6 +17,7 @@ ITEMS = "items.parquet"
 TRIALS = "trials.parquet"
 HISTORY = "history.parquet"
 PRUNE = "prune.parquet"
+RATES = "rates.parquet"
 # Between a trial's hash and the threshold it was pruned at.
 PRUNE_MARK = ".prune-"
 # Other files in a trial's folder: the state to go on from, the final weights, pruned weights, an evaluation's scores.

@@ -12,7 +12,7 @@ from statsmodels.stats.anova import AnovaRM, anova_lm  # type: ignore[import-unt
 from statsmodels.stats.power import TTestIndPower, TTestPower  # type: ignore[import-untyped]
 from statsmodels.stats.proportion import proportion_confint  # type: ignore[import-untyped]
 
-from ablate.analysis import effects, pareto, power, sections
+from ablate.analysis import effects, pareto, power, rates
 from ablate.config.endpoints import BPB
 
 RNG = np.random.default_rng(11)
@@ -173,4 +173,4 @@ def test_a_clear_winner_is_on_the_front_in_every_resample() -> None:
 def test_expected_best_of_n_matches_every_subset() -> None:
     values = RNG.normal(2, 0.1, 6)
     expected = [np.mean([min(s) for s in itertools.combinations(values, n)]) for n in range(1, 7)]
-    assert sections.best_of(values, BPB) == pytest.approx(expected)
+    assert rates.best_of(values, BPB) == pytest.approx(expected)

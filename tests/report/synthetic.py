@@ -33,7 +33,7 @@ def write_study(
     seeds: tuple[int, ...] = (0, 1, 2),
     factors: dict[str, list[Any]] | None = None,
     controls: bool = True,
-    tune: bool = True,
+    tune: bool | str = True,
     usage: int = 10**6,
     diverged: bool = True,
     title: str = "Synthetic study",
@@ -60,8 +60,10 @@ def write_study(
         "controls": ["total", "active"] if controls else [],
         "seeds": list(seeds),
     }
+    rates, tuning = ((1.5e-3, 3e-3, 6e-3), (100, 101, 102)) if tune == "bracket" else ((1e-3, 3e-3, 1e-2), (100,))
     if tune:
-        study["tune"] = {"lr": [1e-3, 3e-3, 1e-2], "seeds": [100]}
+        grid_of = {"lr": list(rates), "seeds": list(tuning)}
+        study["tune"] = {"seeds": list(tuning)} if tune == "bracket" else grid_of
     (root / "studies").mkdir(parents=True, exist_ok=True)
     (root / "studies" / f"{name}.yaml").write_text(yaml.safe_dump(study, sort_keys=False), encoding="utf-8")
     keys = list(dict.fromkeys(itertools.chain.from_iterable(a for a in named.values()))) or list(factors)
@@ -72,7 +74,8 @@ def write_study(
         values = {k: changes.get(k, base.get(k)) for k in keys}
         rows += [{"arm": arm, "kind": "arm", "seed": s, "values": values, "lr": 3e-3} for s in seeds]
         if tune:
-            rows += [{"arm": arm, "kind": "tune", "seed": 100, "values": values, "lr": lr} for lr in (1e-3, 3e-3, 1e-2)]
+            tried = itertools.product(tuning, rates)
+            rows += [{"arm": arm, "kind": "tune", "seed": s, "values": values, "lr": lr} for s, lr in tried]
     if controls:
         rows += [
             {"arm": f"dense_{c}", "kind": "control", "seed": s, "values": dict.fromkeys(keys), "lr": 3e-3}
@@ -88,7 +91,7 @@ def write_study(
     trials: list[dict[str, Any]] = []
     history: list[dict[str, Any]] = []
     tables: list[pl.DataFrame] = []
-    offsets = {s: rng.normal(0, 0.004) for s in (*seeds, 100)}
+    offsets = {s: rng.normal(0, 0.004) for s in (*seeds, *tuning)}
     for row in rows:
         trial, hist, frame = _one(row, name, keys, offsets[row["seed"]], rng, machine)
         trials.append(trial)

@@ -19,6 +19,7 @@ from ablate.report.views.pareto import pareto
 from ablate.report.views.power import power
 from ablate.report.views.provenance import provenance
 from ablate.report.views.prune import prune_test
+from ablate.report.views.rates import rates
 from ablate.report.views.search.candidates import candidates
 from ablate.report.views.search.front import front
 from ablate.report.views.search.history import history
@@ -46,6 +47,7 @@ VIEWS: list[Callable[[Context], View]] = [
     mechanism,
     prune_test,
     losses,
+    rates,
     power,
     cost,
     provenance,
@@ -65,6 +67,7 @@ SEARCH_VIEWS: list[Callable[[Context], View]] = [
     tree_drawing,
     trajectories,
     losses,
+    rates,
     cost,
     provenance,
 ]

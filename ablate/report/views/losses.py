@@ -1,4 +1,4 @@
-"""Loss curves of every arm, and how each depends on the learning rate."""
+"""Loss curves of every arm."""
 
 from __future__ import annotations
 
@@ -9,16 +9,14 @@ import polars as pl
 
 from ablate.report.context import Context
 from ablate.report.draw import few_ticks, legend, mark, plain, plotly_mark
-from ablate.report.parts import Table, View
+from ablate.report.parts import View
 from ablate.report.style import DASHES, PLOTLY_DASHES, ArmStyle, new
-from ablate.report.tables import absent, columns
+from ablate.report.tables import absent
 
 
 def losses(c: Context) -> View:
-    """Show loss curves of every arm, and how each depends on the learning rate."""
-    view = View(
-        "loss", "Loss curves and learning rates", "Was every arm trained to its end, at a learning rate that suits it?"
-    )
+    """Show loss curves of every arm."""
+    view = View("loss", "Loss curves", "Was every arm trained to its end?")
     q = c.quality.name
     history = c.history.filter(pl.col(q).is_not_null() & (pl.col("step") > 0))
     present = set(history["arm"].unique())
@@ -39,7 +37,6 @@ def losses(c: Context) -> View:
         _differences(c, view, arms, means)
     if c.choice:
         view.reading.append(c.choice)
-    _rates(c, view)
     return view
 
 
@@ -106,76 +103,3 @@ def _differences(c: Context, view: View, arms: list[str], means: pl.DataFrame) -
     ax.set_ylabel(f"{c.quality.label}, minus {c.labels[reference]}")
     legend(figure, c.styles, lines=True, columns=3)
     view.figures.append(("loss_differences", "The same means minus those of the reference arm", figure))
-
-
-def _rates(c: Context, view: View) -> None:
-    records = [r for r in c.findings["learning_rates"] if r["best"] is not None]
-    if not records and c.findings["design"] == "search":
-        found = "train.lr" in c.tables.study.factors
-        view.reading.append(
-            "The learning rate was searched with the other settings."
-            if found
-            else "One learning rate for all candidates; a difference may be one of tuning. Give the search the factor `train.lr`."
-        )
-        return
-    if not records:
-        view.reading.append(
-            "Learning rates were not tuned per arm; a difference may be one of tuning. Give the study a `tune:` section "
-            "(three rates or more) and run `ablate study run` again."
-        )
-        return
-    edge = [c.labels.get(r["arm"], r["arm"]) for r in records if not r["interior"]]
-    view.reading.append(
-        "Every arm's best learning rate lies inside those tried."
-        if not edge
-        else f"Best rate at the edge of those tried, so perhaps not the best there is: {', '.join(edge)}."
-    )
-    of = c.quality
-    rows = [
-        {
-            "arm": c.labels.get(r["arm"], r["arm"]),
-            "best": r["best"],
-            "interior": "yes" if r["interior"] else "no",
-            "rates": "; ".join(
-                f"{x['lr']:g}: {'diverged' if x[of.name] is None else format(x[of.name], of.form)}" for x in r["rates"]
-            ),
-            "best_of": "; ".join(format(v, of.form) for v in r["best_of_n"]),
-            "runs": r["run_ids"],
-        }
-        for r in records
-    ]
-    head = columns(
-        best=("best rate", ".3g"),
-        interior="interior",
-        rates=f"{of.short} at each rate",
-        best_of="expected best of 1, 2, … rates",
-        n=None,
-    )
-    view.tables.append(Table("learning_rates", "Learning rates tried, on tuning seeds of their own", head, rows))
-    _sensitivity(c, view, records)
-
-
-def _sensitivity(c: Context, view: View, records: list[dict[str, Any]]) -> None:
-    """Quality at each rate, and the expected best of n rates."""
-    q = c.quality.name
-    figure = new(6.6, 3.6)
-    left, right = figure.subplots(1, 2, sharey=True)
-    for r in [r for r in records if r["arm"] in c.shown or len(records) <= 16]:
-        style = c.styles.arms.get(r["arm"])
-        if style is None:
-            continue
-        known = [x for x in r["rates"] if x[q] is not None]
-        look: dict[str, Any] = {"linestyle": DASHES[style.dash], "linewidth": 1.2, "markersize": 5, **mark(style)}
-        left.plot([x["lr"] for x in known], [x[q] for x in known], **look)
-        right.plot(range(1, len(r["best_of_n"]) + 1), r["best_of_n"], **look)
-    left.set_xscale("log")
-    rates = sorted({x["lr"] for r in records for x in r["rates"]})
-    left.set_xticks(rates, [f"{v:g}" for v in rates])
-    left.minorticks_off()
-    left.set_xlabel("learning rate")
-    left.set_ylabel(c.quality.label)
-    right.set_xlabel("rates tried")
-    right.set_title("expected best of n")
-    right.set_xticks(range(1, max(len(r["best_of_n"]) for r in records) + 1))
-    legend(figure, c.styles, lines=True, columns=3)
-    view.figures.append(("learning_rates", "Sensitivity to the learning rate, and what tuning effort buys", figure))

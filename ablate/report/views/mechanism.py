@@ -30,6 +30,11 @@ def mechanism(c: Context) -> View:
         return view
     arms = [arm for arm in c.order if arm in c.trees]
     view.reading = [_verdict(found), *_moves(c, found["pushes"]), *_foretold(c, found["prediction"])]
+    if len({a["lr"] for a in c.findings["arms"] if a["arm"] in arms}) > 1:
+        view.reading.append(
+            "The arms ran at learning rates of their own, and deaths depend on the rate: a claim on mechanism needs one rate for "
+            "all (`tune: none`)."
+        )
     figure = new(9.4, 3.5)
     died, turned, moved = figure.subplots(1, 3)
     history = c.history.filter(pl.col("dead_frac").is_not_null())

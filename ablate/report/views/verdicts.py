@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ablate.analysis.families import judged
+from ablate.analysis.rates import RULES
 from ablate.config.endpoints import label_of
 from ablate.report.context import Context
 from ablate.report.draw import versus, zero
@@ -55,6 +56,7 @@ def verdicts(c: Context) -> View:
         detectable=("detectable", ".3g", "smallest effect this comparison finds with 80% power"),
         n=("n", "d"),
         claim="claim",
+        rates=("rates", "text", "learning rates of the two arms, and the rule that they follow"),
         remark="remark",
         family="family",
         runs=("runs", "runs"),
@@ -98,6 +100,7 @@ def _row(f: dict[str, Any]) -> dict[str, Any]:
         "detectable": f["detectable"],
         "n": f["n"],
         "verdict": f["verdict"],
+        "rates": _rates(f["rates"]),
         "remark": "; ".join(remarks),
         "family": f["family"],
         "runs": f["run_ids"],
@@ -114,6 +117,14 @@ def _outlying(f: dict[str, Any]) -> str:
     return f"outlying: {runs}; without: {value}, n {left['n']}"
 
 
+def _rates(f: dict[str, Any]) -> str:
+    """Return the learning rates that a finding rests on: `own: 0.006, 0.003`, `one: 0.003`."""
+    word = {"none": "one", "grid": "best of a list", "bracket": "own best"}.get(f["rule"], f["rule"])
+    known = [f"{f[side]:.3g}" for side in ("arm", "reference") if f.get(side) is not None]
+    bound = " (a bound)" if f.get("bound") else ""
+    return f"{word}: {', '.join(dict.fromkeys(known))}{bound}" if known else word
+
+
 def _summary(c: Context) -> list[str]:
     out = []
     found = c.findings["findings"]
@@ -124,6 +135,7 @@ def _summary(c: Context) -> list[str]:
         )
         method = {"holm": "Holm", "bh": "Benjamini-Hochberg"}[family["adjustment"]]
         out.append(f"{cap(family['what'])}: {counts} ({family['size']} tests in the family, {method}).")
+    out.append(f"These verdicts rest on: {RULES[c.findings['rate_rule']]}.")
     if c.findings["design"] != "confirm":
         out.append(
             "This is an exploratory study: it finds candidates. Only a `confirm` study with named contrasts makes claims."
