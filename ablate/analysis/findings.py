@@ -16,6 +16,7 @@ from ablate.analysis.mechanism import mechanism
 from ablate.analysis.pruning import pruning
 from ablate.analysis.restored import restored
 from ablate.analysis.search.story import story
+from ablate.analysis.text import name_text
 from ablate.analysis.verdicts import Runs, sentence
 from ablate.config import digest
 from ablate.files import write_text
@@ -81,6 +82,7 @@ def compute(tables: Tables) -> dict[str, Any]:
     balanced = restored(tables, runs, frame, reference)
     tuned = rates.learning_rates(tables)
     rates.name_rates(tables, found, tuned)
+    name_text(tables, found)
     rates.withhold_restored(balanced, reference, tuned)
     searched = tables.study.design == "search"
     whole, importance = story(tables, generator(f"{tables.name}/search")) if searched else ({}, [])

@@ -24,7 +24,9 @@ from ablate.results.columns import (
     QA,
     TRIALS_SCHEMA,
     USAGE_TABLE_SCHEMA,
+    WINDOWS_TABLE_SCHEMA,
 )
+from ablate.results.layout import WINDOWS
 
 Schema = Mapping[str, pl.DataType]
 WHOLE = {"seed"}
@@ -52,6 +54,8 @@ class Tables:
     digests: dict[str, str]
     motion: pl.LazyFrame | None = None
     """Each node's motion, for studies whose trials record it (train.motion)."""
+    windows: pl.DataFrame | None = None
+    """Means of each arm's windows at the last evaluation; None where the trials have none."""
 
     @cached_property
     def factors(self) -> list[str]:
@@ -95,6 +99,7 @@ def load(name: str, root: Path) -> Tables:
         for path in (
             folder / "trials.parquet",
             folder / "history.parquet",
+            folder / WINDOWS,
             plan_path,
             root / "studies" / f"{name}.yaml",
         )
@@ -106,7 +111,9 @@ def load(name: str, root: Path) -> Tables:
         prune = prune.with_columns(run_id=pl.col("run_id").fill_null(pl.col("trial")))
     usage = _scan(folder / "usage.parquet", name, USAGE_TABLE_SCHEMA)
     motion = _scan(folder / "motion.parquet", name, MOTION_TABLE_SCHEMA)
-    return Tables(name, study, _plan(plan_path), trials, history, usage, prune, digests, motion)
+    windows_path = folder / WINDOWS
+    windows = _read(windows_path, name, WINDOWS_TABLE_SCHEMA) if windows_path.exists() else None
+    return Tables(name, study, _plan(plan_path), trials, history, usage, prune, digests, motion, windows)
 
 
 def _read(path: Path, name: str, schema: Schema) -> pl.DataFrame:

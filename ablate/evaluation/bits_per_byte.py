@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 
+import polars as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ablate.distributed import sum_over_ranks
 from ablate.model.transformer import evaluating
+
+WINDOWS_SCHEMA: dict[str, pl.DataType] = {"window": pl.Int32(), "bytes": pl.Int32(), "bits": pl.Float32()}
+"""One row a window of the held-out slice: its place in the text, and the bytes and bits of its targets."""
 
 
 def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -27,12 +31,13 @@ def bits_per_byte(
     batches: Iterable[dict[str, Tensor]],
     token_bytes: Tensor,
     watch: Callable[[Tensor], None] | None = None,
+    windows: Callable[[Tensor, Tensor], None] | None = None,
 ) -> float:
     """Sum of -log2 p over the targets, divided by the bytes behind them (`token_bytes` int64 [V]).
 
     Batches hold `tokens` int64 [B, T + 1]; position t predicts t + 1. `watch` is called with the input ids [B, T] after
-    each forward, while the tree layers still hold the leaves of that batch. Ranks of a distributed run share the batches
-    and add up their sums. Raises ValueError when the slice holds no byte.
+    each forward, while the tree layers still hold the leaves of that batch; `windows` with bits and bytes of each window,
+    both [B]. Ranks of a distributed run share the batches and add up their sums. Raises ValueError when the slice holds no byte.
     """
     device = next(model.parameters()).device
     token_bytes = token_bytes.to(device)
@@ -46,6 +51,10 @@ def bits_per_byte(
             sums[1] += token_bytes[targets].sum()
             if watch is not None:
                 watch(tokens[:, :-1])
+            if windows is not None:
+                each = F.cross_entropy(logits.reshape(targets.numel(), -1).float(), targets, reduction="none").double()
+                lengths = token_bytes[targets].reshape(len(tokens), -1).sum(1)
+                windows(each.reshape(len(tokens), -1).sum(1) / math.log(2), lengths)
     sum_over_ranks(sums)
     nats, count = sums.tolist()
     if count == 0:

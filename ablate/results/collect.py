@@ -36,6 +36,7 @@ from ablate.results.layout import Layout
 from ablate.results.plan_file import load_plan
 from ablate.results.rates import rate_table
 from ablate.results.record import Record
+from ablate.results.windows import window_table
 
 _ROUTING = {name + end for name in ROUTING for end in ("", "_worst")}
 REQUIRED = {name for name, field in Record.model_fields.items() if field.is_required()}
@@ -44,11 +45,11 @@ ROW_GROUP = 1_000_000
 
 
 def collect(study: str, root: Path) -> Path:
-    """Write tables/<study>/{trials,history,usage,trees,motion,prune,rates}.parquet from results/<study>/; same results, same bytes.
+    """Write tables/<study>/{trials,history,usage,trees,motion,prune,rates,windows}.parquet from results/<study>/; same results, same bytes.
 
     Rows are in the plan's order (a search's in the order of its trials' hashes). Results of an earlier plan that are
     no longer part of it are left out. prune.parquet is there only where a trial was pruned, rates.parquet where learning
-    rates were tuned.
+    rates were tuned, windows.parquet where trials kept the windows of their last evaluation.
 
     Raises:
         ConfigError: there is no plan or no result yet, or a result file is damaged.
@@ -87,6 +88,7 @@ def collect(study: str, root: Path) -> Path:
     _stream(layout, order, layout.usage, USAGE_TABLE_SCHEMA, layout.tables / files.USAGE)
     _stream(layout, order, layout.trees, TREES_TABLE_SCHEMA, layout.tables / files.TREES)
     _stream(layout, order, layout.motion, MOTION_TABLE_SCHEMA, layout.tables / files.MOTION)
+    _write_or_remove(window_table(layout, frame), layout.tables / files.WINDOWS)
     evaluations = pl.DataFrame(history, {k: t for k, t in HISTORY_SCHEMA.items() if k not in _ROUTING}, strict=False)
     routing = routing_rows(layout.tables / files.TREES)
     evaluations = evaluations.join(routing, on=["trial", "step"], how="left", maintain_order="left")

@@ -108,6 +108,18 @@ TREES_TABLE_SCHEMA: dict[str, pl.DataType] = {**_PLACE, **TREES_SCHEMA}
 MOTION_TABLE_SCHEMA: dict[str, pl.DataType] = {**_PLACE, **MOTION_SCHEMA}
 """motion.parquet, one row a node that probe tokens reached, evaluation and trial with train.motion."""
 
+WINDOWS_TABLE_SCHEMA: dict[str, pl.DataType] = {
+    "study": pl.String(),
+    "arm": pl.String(),
+    "kind": pl.String(),
+    "window": pl.Int32(),
+    "bytes": pl.Int32(),
+    "bits": pl.Float64(),  # mean over the arm's finished trials
+    "trials": pl.Int64(),
+}
+"""windows.parquet, one row an arm and window of the held-out slice at the last evaluation; trials that tune are left out.
+Means over trials: a row a trial would be many times the other tables."""
+
 RATES_SCHEMA: dict[str, pl.DataType] = {
     "study": pl.String(),
     "arm": pl.String(),

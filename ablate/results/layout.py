@@ -11,6 +11,8 @@ PLAN = "plan.json"
 USAGE = "usage.parquet"
 TREES = "trees.parquet"
 MOTION = "motion.parquet"
+# Bits and bytes of each window of the last evaluation; of all trials, means by arm.
+WINDOWS = "windows.parquet"
 # What each question gave; of one trial or evaluation.
 ITEMS = "items.parquet"
 # Tables of all trials.
@@ -87,6 +89,10 @@ class Layout:
         """How far router and representation moved each node, for trials with train.motion."""
         return self.results / f"{trial}.{MOTION}"
 
+    def windows(self, trial: str) -> Path:
+        """Bits and bytes of each window of the trial's last evaluation; trials of before have none."""
+        return self.results / f"{trial}.{WINDOWS}"
+
     def items(self, trial: str) -> Path:
         """What each question gave, for trials with questions."""
         return self.results / f"{trial}.{ITEMS}"
@@ -97,6 +103,7 @@ class Layout:
             USAGE: self.usage(trial),
             TREES: self.trees(trial),
             MOTION: self.motion(trial),
+            WINDOWS: self.windows(trial),
             ITEMS: self.items(trial),
         }
 

@@ -18,7 +18,8 @@ from ablate.balance.probe import Probe
 from ablate.balance.usage import UsageParts
 from ablate.config import Trial
 from ablate.data.tokens import Prepared
-from ablate.evaluation.bits_per_byte import bits_per_byte
+from ablate.distributed import gather
+from ablate.evaluation.bits_per_byte import WINDOWS_SCHEMA, bits_per_byte
 from ablate.files import replacing
 from ablate.results.layout import LAST
 from ablate.training.module import LanguageModel
@@ -42,6 +43,7 @@ class Evaluator(pl.Callback):
         self._probe = Probe()
         self._parts = UsageParts(folder / USAGE_PARTS)
         self._motion = MotionRecorder() if trial.train.motion else None
+        self.windows = Windows()
         self._training_counts: Tensor | None = None
         self._seconds, self._since, self._step = 0.0, time.perf_counter(), 0
         # Wall time of earlier attempts, and when (time.perf_counter) this one began.
@@ -123,8 +125,10 @@ class Evaluator(pl.Callback):
         bpb, balance = None, {}
         if not lost:
             loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
+            windows = self.windows.add if step == train.steps else None
             with self._probe.held_out():
-                bpb = bits_per_byte(module.model, loader, self.token_bytes, self._probe.watch)
+                bpb = bits_per_byte(module.model, loader, self.token_bytes, self._probe.watch, windows)
+            self.windows.close()
             if not np.isfinite(bpb):
                 self._stop(trainer, "diverged", f"the held-out loss was not finite at step {step}")
                 bpb = None
@@ -160,6 +164,32 @@ class Evaluator(pl.Callback):
             return
         with replacing(self.folder / LAST) as partial:
             trainer.save_checkpoint(partial)
+
+
+class Windows:
+    """Bits and bytes of each window of the last evaluation, over all processes."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[Tensor, Tensor]] = []
+        self.table: pl_frames.DataFrame | None = None
+        """Columns of evaluation.bits_per_byte.WINDOWS_SCHEMA, in the order of the text; None before the last evaluation."""
+
+    def add(self, bits: Tensor, lengths: Tensor) -> None:
+        """Take the windows of one batch."""
+        self._parts.append((bits.cpu(), lengths.cpu()))
+
+    def close(self) -> None:
+        """Put the windows of all processes together, of which each has every world_size-th; all take part."""
+        if not self._parts:
+            return
+        mine = torch.stack([torch.cat([part[i].double() for part in self._parts]) for i in (0, 1)])
+        everyone = gather(mine)
+        whole = torch.zeros(2, sum(one.shape[1] for one in everyone), dtype=torch.float64)
+        for place, one in enumerate(everyone):
+            whole[:, place :: len(everyone)] = one
+        bits, lengths = whole.numpy()
+        columns = {"window": np.arange(len(bits)), "bytes": lengths, "bits": bits}
+        self.table = pl_frames.DataFrame(columns).cast(WINDOWS_SCHEMA)  # type: ignore[arg-type]
 
 
 def _any(trainer: pl.Trainer, decision: bool) -> bool:

@@ -26,7 +26,7 @@ from ablate.evaluation.scores import Score
 from ablate.files import leftovers, replacing
 from ablate.kernels.backend import REFERENCE, choose, load
 from ablate.model.counts import count
-from ablate.results.layout import LAST, MODEL, MOTION, TREES, USAGE
+from ablate.results.layout import LAST, MODEL, MOTION, TREES, USAGE, WINDOWS
 from ablate.training import ranks
 from ablate.training.callbacks import USAGE_PARTS, Evaluator, calibration_windows
 from ablate.training.checkpoint import read_checkpoint, save_model
@@ -46,7 +46,7 @@ def run_trial(
     threads: int | None = None,
     resume: bool = True,
 ) -> TrialResult:
-    """Train and evaluate `trial`; usage.parquet and trees.parquet (motion.parquet and model.pt, if asked for) are written to `folder`.
+    """Train and evaluate `trial`; usage, trees and windows.parquet (motion.parquet and model.pt, if asked for) are written to `folder`.
 
     With `resume`, a `last.ckpt` in `folder` is continued: on a CPU with the same threads the result equals that of an
     uninterrupted run bit for bit. Status is finished, diverged, pruned or killed (asked to stop; `last.ckpt` is written).
@@ -177,6 +177,8 @@ def _write_usage(evaluator: Evaluator, folder: Path) -> None:
     tables = {USAGE: evaluator.usage(), TREES: evaluator.trees()}
     if evaluator.trial.train.motion:
         tables[MOTION] = evaluator.motion()
+    if evaluator.windows.table is not None:
+        tables[WINDOWS] = evaluator.windows.table
     for name, table in tables.items():
         with replacing(folder / name) as partial:
             table.write_parquet(partial)

@@ -59,6 +59,9 @@ def test_two_processes_equal_one_with_the_joined_batch(data_root: Path, tmp_path
     assert joined.final.train_loss != joined.history[1].train_loss, "it trains"
     assert counts(two, "train") == counts(one, "train")
     assert counts(two, "held_out") == counts(one, "held_out")
+    windows = [pl.read_parquet(folder / "windows.parquet") for folder in (one, two)]
+    assert windows[1]["bytes"].to_list() == windows[0]["bytes"].to_list(), "in the order of the text"
+    assert windows[1]["bits"].to_list() == pytest.approx(windows[0]["bits"].to_list(), rel=1e-3)
     (whole, _, _), (shared, _, _) = (load_model(folder / "model.pt") for folder in (one, two))
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(shared.state_dict()[name], value, rtol=0, atol=TOLERANCE, msg=name)

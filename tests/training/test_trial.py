@@ -12,6 +12,7 @@ import torch
 from polars.testing import assert_frame_equal
 
 from ablate.config import Trial
+from ablate.evaluation.bits_per_byte import WINDOWS_SCHEMA
 from ablate.training.checkpoint import load_model
 from ablate.training.result import Evaluation, TrialResult
 from ablate.training.trial import run_trial
@@ -162,6 +163,16 @@ def test_usage_counts_every_held_out_token_once(run: Callable[..., TrialResult],
     per_level = usage.group_by("step", "layer", "tree", "level").agg(pl.col("count").sum())
     assert per_level["count"].unique().to_list() == [2048]
     assert per_level.height == 4 * 2 * 2 * 4
+
+
+def test_windows_of_the_last_evaluation_add_up_to_its_quality(run: Callable[..., TrialResult], tmp_path: Path) -> None:
+    folder = tmp_path / "t"
+    result = run(trial(), folder)
+    table = pl.read_parquet(folder / "windows.parquet")
+    assert dict(table.schema) == WINDOWS_SCHEMA
+    assert table["window"].to_list() == list(range(2048 // 32))
+    assert sum(table["bits"].to_list()) / sum(table["bytes"].to_list()) == pytest.approx(result.final.bpb, rel=1e-6)
+    assert (folder / "windows.parquet").stat().st_size < 4000
 
 
 def test_results_do_not_depend_on_evaluation(run: Callable[..., TrialResult]) -> None:

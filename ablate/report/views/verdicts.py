@@ -16,6 +16,7 @@ from ablate.report.style import GRID, VERDICT_COLOUR, VERDICT_MARK, new
 from ablate.report.tables import cells
 from ablate.report.wording import cap
 
+TEXT = ("over text ±", ".4f", "95% half width over the windows of the held-out text, the arms as they are")
 FOREST = 14  # rows an endpoint has in the forest plot
 
 
@@ -56,6 +57,7 @@ def verdicts(c: Context) -> View:
         detectable=("detectable", ".3g", "smallest effect this comparison finds with 80% power"),
         n=("n", "d"),
         claim="claim",
+        **({"text": TEXT} if any("over_text" in f for f in found) else {}),
         rates=("rates", "text", "learning rates of the two arms, and the rule that they follow"),
         remark="remark",
         family="family",
@@ -100,6 +102,7 @@ def _row(f: dict[str, Any]) -> dict[str, Any]:
         "detectable": f["detectable"],
         "n": f["n"],
         "verdict": f["verdict"],
+        "text": (f["over_text"]["interval"][1] - f["effect"]) if "over_text" in f else None,
         "rates": _rates(f["rates"]),
         "remark": "; ".join(remarks),
         "family": f["family"],
@@ -136,6 +139,12 @@ def _summary(c: Context) -> list[str]:
         method = {"holm": "Holm", "bh": "Benjamini-Hochberg"}[family["adjustment"]]
         out.append(f"{cap(family['what'])}: {counts} ({family['size']} tests in the family, {method}).")
     out.append(f"These verdicts rest on: {RULES[c.findings['rate_rule']]}.")
+    over = [f["over_text"] for f in found if "over_text" in f]
+    if over:
+        out.append(
+            f"Intervals are over seeds, on one held-out text. What {over[0]['windows']} other windows of the same source might "
+            "show is the column *over text*."
+        )
     if c.findings["design"] != "confirm":
         out.append(
             "This is an exploratory study: it finds candidates. Only a `confirm` study with named contrasts makes claims."
