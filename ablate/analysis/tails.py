@@ -181,7 +181,7 @@ def notes(endpoint: str, n: int, margin: float, cost: float) -> list[str]:
     out = []
     if n < LEAST:
         out.append(
-            f"{n} pairs: where runs learn late in one arm this t interval of the mean covers 64 to 84%, and no other holds"
+            f"{n} pairs: where runs learn late in one arm this t interval of the mean covers 66 to 77%, and no other holds"
         )
     if cost >= margin:
         out.append(

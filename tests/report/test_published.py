@@ -124,10 +124,10 @@ ROWS = {
         "reference": "reference",
         "centred routing (control, no loss term)": "centred routing",
         "all four below marked * together": "combination",
-        "depth 3 instead of 6, equal units in all *": "shallow trees",
         "frozen router *": "frozen router",
         "nodes only route *": "nodes only route",
         "even mirror *": "even mirror",
+        "depth 3 instead of 6, equal units in all *": "shallow trees",
         "nonlinearity after each tree's sum": "tree placement",
         "flat gradients of the nodes": "flat node gradients",
     },
@@ -142,13 +142,17 @@ def test_the_tables_of_arms_say_what_their_findings_say() -> None:
     rows = iter([[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")])
     for study, arms in ROWS.items():
         data = json.loads((SHIPPED / f"reports/{study}/findings.json").read_text(encoding="utf-8"))
-        to_reference = [f for f in data["findings"] if (f["family"], f["reference"]) == ("confirm", "reference")]
-        named = {(f["arm"], f["endpoint"]): f for f in to_reference}
+        named = {
+            (f["arm"], f["endpoint"]): f
+            for f in data["findings"]
+            if f["family"] in {"confirm", "cost"} and f["reference"] == "reference"
+        }
         means, restored = {a["arm"]: a for a in data["arms"]}, {r["arm"]: r for r in data["restored"]}
         next(row for row in rows if "n_eff_frac" in row)  # the table's head
         for label, arm in arms.items():
-            name, n_eff, dead, balance, verdict, bpb, cost, *more = next(rows)
+            name, lost, n_eff, dead, balance, verdict, bpb, cost, *more = next(rows)
             assert name == label
+            assert lost == f"{means[arm]['bits_lost']['mean']:.3f}"
             assert n_eff == f"{means[arm]['n_eff_frac']['mean']:.2f}"
             assert dead == f"{means[arm]['dead_frac']['mean']:.1%}"
             if arm == "reference":
@@ -170,10 +174,10 @@ def test_the_tables_of_arms_say_what_their_findings_say() -> None:
 
 FRONT = [
     ("confirm", "reference"),
+    ("confirm", "shallow trees"),
     ("confirm", "even mirror"),
     ("confirm", "nodes only route"),
     ("confirm", "frozen router"),
-    ("confirm", "shallow trees"),
     ("restored", "combination"),
     ("equal_active", "small combination"),
     ("restored", "centred routing"),
@@ -185,22 +189,23 @@ def test_the_table_of_the_readme_says_what_its_findings_say() -> None:
     lines = (SHIPPED / "README.md").read_text(encoding="utf-8").splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("| choice (study, seeds)"))
     for line, (study, arm) in zip(lines[start + 2 :], FRONT, strict=False):
-        label, n_eff, dead, balance, cost = (cell.strip() for cell in line.strip("|").split("|"))
+        label, lost, n_eff, dead, balance, cost = (cell.strip() for cell in line.strip("|").split("|"))
         data = json.loads((SHIPPED / f"reports/{study}/findings.json").read_text(encoding="utf-8"))
         mean = next(a for a in data["arms"] if a["arm"] == arm)
         assert label.endswith(f"(`{study}`, {mean['n']})")
+        assert lost == f"{mean['bits_lost']['mean']:.3f}"
         assert n_eff == f"{mean['n_eff_frac']['mean']:.2f}"
         assert dead == f"{mean['dead_frac']['mean']:.1%}"
-        for endpoint, digits, text in (("n_eff_frac", 2, balance), ("bpb", 3, cost)):
+        for family, endpoint, text in (("bits", "bits_lost", balance), ("cost", "bpb", cost)):
             if arm == "reference":
                 assert text == ""
                 continue
             f = next(
                 f
                 for f in data["findings"]
-                if (f["arm"], f["reference"], f["endpoint"], f["family"]) == (arm, "reference", endpoint, "confirm")
+                if (f["arm"], f["reference"], f["endpoint"], f["family"]) == (arm, "reference", endpoint, family)
             )
-            effect, low, high = (f"{v:+.{digits}f}" for v in (f["effect"], *f["interval"]))
+            effect, low, high = (f"{v:+.3f}" for v in (f["effect"], *f["interval"]))
             assert text == f"{effect} ({low} to {high})"
             assert endpoint == "bpb" or f["verdict"] == "supported"
     assert not lines[start + 2 + len(FRONT)].startswith("|")

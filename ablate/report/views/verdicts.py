@@ -80,7 +80,7 @@ def _importance(f: dict[str, Any]) -> tuple[Any, ...]:
 def _row(f: dict[str, Any]) -> dict[str, Any]:
     remarks = [*f["reasons"], *f["notes"], *([_outlying(f)] if f["outlying"] else [])]
     if f["below_margin"]:
-        remarks.insert(0, f"real, but within the margin of {f['margin']:g}")
+        remarks.insert(0, f"real, but within the margin of {f['margin']:.3g}")
     kept = f.get("finished_only")
     if kept:
         value = "untestable" if kept["effect"] is None else f"{kept['effect']:+.4f}"
@@ -90,7 +90,7 @@ def _row(f: dict[str, Any]) -> dict[str, Any]:
         "choice": f["arm_label"],
         "against": f["reference_label"],
         "endpoint": f["endpoint"],
-        "claim": f"{f['claim']} (margin {f['margin']:g})",
+        "claim": f"{f['claim']} (margin {f['margin']:.3g})",
         "effect": f["effect"],
         "low": low,
         "high": high,
@@ -181,7 +181,7 @@ def _forest(view: View, endpoint: str, shown: list[dict[str, Any]]) -> None:
         ax.set_xlim(-usual, usual)
     ax.set_yticks(range(len(rows)), [versus(f["arm_label"], f["reference_label"]) for f in rows])
     ax.set_ylim(-0.6, len(rows) - 0.4)
-    ax.set_xlabel(f"difference in {label_of(endpoint)}, 95% interval\n(grey: within the margin of {margin:g})")
+    ax.set_xlabel(f"difference in {label_of(endpoint)}, 95% interval\n(grey: within the margin of {margin:.3g})")
     ax.grid(axis="y", visible=False)
     handles = [ax.plot([], [], VERDICT_MARK[v], color=VERDICT_COLOUR[v], label=v)[0] for v in VERDICT_COLOUR]
     figure.legend(handles=handles, loc="outside upper center", ncols=3)
