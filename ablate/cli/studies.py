@@ -194,10 +194,13 @@ def study_status(name: Name, as_json: Json = False) -> None:
 @example("study promote search --top 3")
 def study_promote(
     name: Name,
-    top: Annotated[int, typer.Option(min=1, help="Candidates that become arms.")] = 3,
+    top: Annotated[int, typer.Option(min=1, help="Candidates or arms that it has at most.")] = 3,
 ) -> None:
-    """Write studies/NAME-confirm.yaml: the best candidates of a search against its base, on seeds it never used."""
-    from ablate.analysis.search.promote import promote
+    """Write studies/NAME-confirm.yaml, on seeds never used: a study's best arms or candidates, or what it left open."""
+    if load_study(ROOT / "studies" / f"{name}.yaml").design == "search":
+        from ablate.analysis.search.promote import promote as follow_up
+    else:
+        from ablate.analysis.follow_up import follow_up
 
-    path = promote(name, ROOT, top)
+    path = follow_up(name, ROOT, top)
     print(f"{path}: look at it, then run `ablate study plan {path}`")

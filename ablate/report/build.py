@@ -21,6 +21,7 @@ from ablate.analysis.frames import canonical, load
 from ablate.config import ConfigError
 from ablate.files import write_text
 from ablate.report import parts, style, summary
+from ablate.report.answer import answer
 from ablate.report.context import Context
 from ablate.report.parts import View
 from ablate.report.views import sections
@@ -115,6 +116,10 @@ def shows_pictures(report: Path) -> bool:
 def _markdown(c: Context, views: list[View], pictures: bool) -> str:
     md = parts.markdown
     lines = [f"# {md(c.findings['title'] or c.tables.name)}", ""]
+    said = answer(c)
+    lines += [f"**{md(said.headline)}**", ""]
+    lines += [f"- {md(word)}: {parts.markdown_prose(text)}" for word, text in said.points]
+    lines += [f"- Next: {parts.markdown_prose(said.next)} `{said.command}`", ""]
     lines += [parts.markdown_prose(c.findings["notes"]), ""] if c.findings["notes"] else []
     if not pictures:
         lines += [
@@ -176,6 +181,7 @@ def _page(c: Context, views: list[View], pictures: dict[str, str]) -> str:
         title=c.findings["title"] or c.tables.name,
         study=c.tables.name,
         findings=c.findings,
+        answer=answer(c),
         sections=shown,
         absent=[v for v in views if v.empty],
         policy=policy,

@@ -112,6 +112,17 @@ def versus(name: str, other: str, width: int = 60) -> str:
     return one if len(one) <= width else f"{wrap(name, width, 1)}\nvs {wrap(other, width, 1)}"
 
 
+def rows_above(ax: Axes, names: Sequence[str]) -> None:
+    """Name the rows of a forest plot inside the axis, each above its mark: a narrow window has no room beside it."""
+    for i, name in enumerate(names):
+        text = name.replace("\n", " ")
+        ax.text(
+            0.01, i + 0.24, wrap(text, 64, 1), transform=ax.get_yaxis_transform(), color=MUTED, fontsize=8, va="bottom"
+        )
+    ax.set_yticks([])
+    ax.set_ylim(-0.6, len(names) - 0.1)
+
+
 def note(ax: Axes, text: str) -> None:
     """Write a muted remark inside an axis."""
     ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", color=MUTED, fontsize=8)

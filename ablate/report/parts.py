@@ -112,6 +112,7 @@ def _html_cell(column: Column, value: Any, address: str | None, first: bool) -> 
     if first:
         return f'<th scope="row">{text}</th>'
     kind = _align(column) or (' class="long"' if len(text) > 60 and column.form == "text" else ' class="t"')
+    kind = ' class="s"' if column.form == "text" and len(text) <= 24 else kind
     return f"<td{kind}>{text}</td>"
 
 

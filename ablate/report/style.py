@@ -65,6 +65,8 @@ RC: Any = {
 }
 
 
+NARROW = 4.9
+"""Inches of a figure that a phone shows whole, with text that can be read."""
 RUNS_AS_LINES = 300
 """Runs that a figure draws as vectors; the lines or dots of more are a picture inside it, so that a page stays small."""
 
@@ -110,9 +112,18 @@ def inline(text: str, prefix: str, label: str) -> str:
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.S)
     for colour, variable in VARIABLES.items():
         body = body.replace(colour, variable)
-    body = re.sub(r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', r'<svg viewBox="\1" xmlns="http://www.w3.org/2000/svg" '
-                  r'xmlns:xlink="http://www.w3.org/1999/xlink" role="img">', body, count=1)  # fmt: skip
+    body = re.sub(r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', _opening, body, count=1)
     return body.replace('role="img">', f'role="img" aria-label="{label}">', 1).strip()
+
+
+def _opening(found: re.Match[str]) -> str:
+    """An inline picture's first tag: letters have one size in all pictures, and a narrow one fits a phone."""
+    width = float(found[1].split()[2])
+    kind = ' class="fits"' if width <= 72 * NARROW + 1 else ""
+    return (
+        f'<svg{kind} viewBox="{found[1]}" style="max-width:{1.7 * width:.0f}px" xmlns="http://www.w3.org/2000/svg" '
+        'xmlns:xlink="http://www.w3.org/1999/xlink" role="img">'
+    )
 
 
 @dataclass(frozen=True)

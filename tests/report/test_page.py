@@ -48,7 +48,7 @@ def opened(browser: Browser, path: Path, size: str) -> tuple[Page, list[str], li
     page.on("request", lambda r: requests.append(r.url))
     page.goto(path.as_uri())
     if size != "no scripts":
-        for plot in page.locator(".plot").all():
+        for plot in page.locator("figure:has(.plot), .widget .plot").all():
             plot.scroll_into_view_if_needed()
             plot.locator(".main-svg").first.wait_for(state="attached")
     return page, errors, requests

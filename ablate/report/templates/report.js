@@ -66,9 +66,9 @@
   const redraw = () => { for (const node of seen) drawn.get(node)(); };
 
   for (const node of document.querySelectorAll(".plot[data-plot]")) {
-    const spec = data.plots[node.dataset.plot];
-    node.closest("figure").classList.add("live");
-    whenNear(node, () => plot(node, spec));
+    const spec = data.plots[node.dataset.plot], figure = node.closest("figure");
+    // Until then, and on paper, its picture is there.
+    whenNear(figure, () => { figure.classList.add("live"); plot(node, spec); });
   }
 
   const theme = document.getElementById("theme");
@@ -273,5 +273,10 @@
       show();
     },
   };
+  const cue = () => {
+    for (const box of document.querySelectorAll(".scroll, .still")) box.classList.toggle("wide", box.scrollWidth > box.clientWidth + 1);
+  };
+  addEventListener("resize", cue);
+  addEventListener("load", cue);
   for (const host of document.querySelectorAll("[data-widget]")) widgets[host.dataset.widget](host, data.widgets[host.dataset.widget]);
 })();

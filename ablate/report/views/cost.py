@@ -50,26 +50,32 @@ def cost(c: Context) -> View:
 
 def _figure(c: Context, view: View, known: int) -> None:
     """Arm means of quality against FLOPs and against speed; a diverged arm must not stretch the axis."""
-    figure = new(7.2, 4.0)
-    left, right = figure.subplots(1, 2, sharey=True)
     q = c.quality.name
     drawn = [
         a
         for a in c.findings["arms"]
         if a[q] and a["flops_per_token"] is not None and (known <= 60 or a["arm"] in c.shown)
     ]
+    # One amount of arithmetic for all arms makes an axis that says nothing.
+    keys = ["flops_per_token", "tokens_per_second"][len({a["flops_per_token"] for a in drawn}) < 2 :]
+    figure = new(3.7 * len(keys), 4.0)
+    axes = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
+    left, right = axes[0], axes[-1]
     for a in drawn:
-        for ax, key in ((left, "flops_per_token"), (right, "tokens_per_second")):
+        for ax, key in zip(axes, keys, strict=True):
             if a[key] is not None:
                 ax.plot(a[key], a[q]["mean"], linestyle="none", markersize=7, **mark(c.styles.arms[a["arm"]]))
     finite = np.array([a[q]["mean"] for a in drawn if not a["statuses"].get("diverged")])
     if len(finite):
         pad = 0.08 * max(float(np.ptp(finite)), 1e-3)
         left.set_ylim(float(finite.min()) - pad, float(finite.max()) + pad)
-    left.set_xlabel("FLOPs a token (forward)")
     left.set_ylabel(c.quality.label)
     right.set_xlabel("training tokens a second, measured")
-    few_ticks(left, right, count=4)
-    left.ticklabel_format(axis="x", style="sci", scilimits=(6, 6))
+    few_ticks(*axes, count=4)
+    what = "measured speed"
+    if len(keys) > 1:
+        left.set_xlabel("FLOPs a token (forward)")
+        left.ticklabel_format(axis="x", style="sci", scilimits=(6, 6))
+        what = f"arithmetic and against {what}"
     legend(figure, c.styles, columns=3)
-    view.figures.append(("cost", "Quality against arithmetic and against measured speed, arm means", figure))
+    view.figures.append(("cost", f"Quality against {what}, arm means", figure))

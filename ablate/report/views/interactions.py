@@ -71,7 +71,7 @@ def interactions(c: Context) -> View:
         f"{' × '.join(short(x) for x in t['term'])} interact on {label_of(t['endpoint'])} (partial ω² {t['omega2']:.2f}): "
         "neither is read alone."
         for t in standing
-    ] or ["No interaction is significant after adjustment; main effects can be read alone."]
+    ] or [_none_stands(pairs)]
     if effects["left_out"]:
         view.reading.append(
             f"{len(effects['left_out'])} interaction term(s) cannot be estimated from these runs and are left out."
@@ -87,6 +87,18 @@ def interactions(c: Context) -> View:
         )
     )
     return view
+
+
+def _none_stands(pairs: list[dict[str, Any]]) -> str:
+    """Say that no interaction is significant, and how large the largest may be all the same."""
+    t = max(pairs, key=lambda t: t["omega2"])
+    low, high = t["interval"] or (None, None)
+    reach = f", 95% interval {low:.2f} to {high:.2f}" if low is not None else ""
+    return (
+        "No interaction is significant after adjustment, so main effects are read alone. That does not show that there is "
+        f"none: the largest, {' × '.join(short(x) for x in t['term'])} on {label_of(t['endpoint'])}, has partial ω² "
+        f"{t['omega2']:.2f}{reach}."
+    )
 
 
 def _lines(c: Context, view: View, pairs: list[dict[str, Any]]) -> None:

@@ -57,6 +57,20 @@ def _curves(c: Context, view: View, arms: list[str], means: pl.DataFrame) -> Non
         traces.append(
             {
                 "type": "scatter",
+                "mode": "lines",
+                "x": [*part["step"], *part["step"].reverse()],
+                "y": [*part["high"], *part["low"].reverse()],
+                "fill": "toself",
+                "fillcolor": style.colour,
+                "line": {"width": 0},
+                "opacity": 0.12,
+                "hoverinfo": "skip",
+                "showlegend": False,
+            }
+        )
+        traces.append(
+            {
+                "type": "scatter",
                 "mode": "lines+markers",
                 "name": plain(c.labels[arm]),
                 "x": part["step"].to_list(),

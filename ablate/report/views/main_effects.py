@@ -9,9 +9,9 @@ import polars as pl
 
 from ablate.config.endpoints import ENDPOINTS, label_of
 from ablate.report.context import Context
-from ablate.report.draw import versus, zero
+from ablate.report.draw import rows_above, versus, zero
 from ablate.report.parts import Table, View
-from ablate.report.style import COLOURS, MARKERS, VERDICT_COLOUR, VERDICT_MARK, new
+from ablate.report.style import COLOURS, MARKERS, NARROW, VERDICT_COLOUR, VERDICT_MARK, new
 from ablate.report.tables import cells
 from ablate.report.wording import cap, no_factors, short
 
@@ -67,10 +67,8 @@ def _effect_reading(c: Context) -> list[str]:
     for endpoint in dict.fromkeys(t["endpoint"] for t in terms):
         own = [t for t in terms if t["endpoint"] == endpoint and t["p_adjusted"] < 0.05]
         names = [" × ".join(short(x) for x in t["term"]) for t in sorted(own, key=lambda t: -t["omega2"])]
-        out.append(
-            f"{cap(label_of(endpoint))}: "
-            + (f"{', '.join(names)} matter (adjusted p < .05)." if names else "no term matters (adjusted p < .05).")
-        )
+        tested = f"F tests find an effect of {', '.join(names)}" if names else "no F test finds an effect"
+        out.append(f"{cap(label_of(endpoint))}: {tested} (adjusted p < .05).{_by_level(c, endpoint, own)}")
         held = [short(t["term"][0]) for t in terms if t["endpoint"] == endpoint and t["suppressed"]]
         if held:
             out.append(
@@ -95,6 +93,23 @@ def _effect_reading(c: Context) -> list[str]:
         "Intervals of ω² resample seeds; in simulated studies they cover 78% at three seeds and 87% at eight, not 95%."
     )
     return out
+
+
+def _by_level(c: Context, endpoint: str, terms: list[dict[str, Any]]) -> str:
+    """Return the verdicts on the levels of the factors whose test is significant, "" where there are none."""
+    factors = {t["term"][0] for t in terms if len(t["term"]) == 1}
+    found = [
+        f"{f['arm_label']} against {f['reference_label']} {f['verdict']}"
+        for f in c.findings["findings"]
+        if f["family"] == "factors" and f["endpoint"] == endpoint and f.get("factor") in factors
+    ]
+    if not found:
+        return ""
+    more = f" and {len(found) - 6} more" if len(found) > 6 else ""
+    return (
+        " An F test asks whether a factor has any effect, a verdict whether one level differs after adjustment: "
+        f"{'; '.join(found[:6])}{more}."
+    )
 
 
 def _importance_figure(view: View, terms: list[dict[str, Any]]) -> None:
@@ -184,7 +199,7 @@ def _level_figure(c: Context, view: View) -> None:
         ]
     )
     counts = [min(18, sum(f["endpoint"] == e for f in found)) for e in endpoints]
-    figure = new(7.6, 0.26 * sum(counts) + 1.0 * len(endpoints))
+    figure = new(NARROW, 0.4 * sum(counts) + 1.0 * len(endpoints))
     axes = np.atleast_1d(figure.subplots(len(endpoints), 1, gridspec_kw={"height_ratios": counts}))
     for ax, endpoint in zip(axes, endpoints, strict=True):
         own = [f for f in found if f["endpoint"] == endpoint][:18][::-1]
@@ -193,8 +208,7 @@ def _level_figure(c: Context, view: View) -> None:
             colour = VERDICT_COLOUR[f["verdict"]]
             ax.plot(f["interval"], [i, i], color=colour, linewidth=1.4)
             ax.plot(f["effect"], i, VERDICT_MARK[f["verdict"]], color=colour, markersize=5)
-        ax.set_yticks(range(len(own)), [versus(f["arm_label"], f["reference_label"]) for f in own], fontsize=7.5)
-        ax.set_ylim(-0.6, len(own) - 0.4)
+        rows_above(ax, [versus(f["arm_label"], f["reference_label"]) for f in own])
         ax.set_xlabel(f"change in {label_of(endpoint)}")
         ax.grid(axis="y", visible=False)
     view.figures.append(

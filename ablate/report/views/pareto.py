@@ -41,8 +41,8 @@ def pareto(c: Context) -> View:
     view.tables.append(_table(c, rows))
     point, (low, high) = found["reference_point"], found["interval"]
     view.reading.append(
-        f"Hypervolume over ({c.balance.name} {point[c.balance.name]:g}, {q.short} {point[q.name]:.3f}): {found['hypervolume']:.4f} "
-        f"({low:.4f} to {high:.4f} over seed resamples)."
+        f"Hypervolume, the area between the front and an untrained model ({q.short} {point[q.name]:.3f}) without balance: "
+        f"{found['hypervolume']:.4f} ({low:.4f} to {high:.4f} over seed resamples). More is better; compare it within one task."
     )
     lost = sum(e["kept"] for e in c.findings["exclusions"])
     if lost:
@@ -94,9 +94,11 @@ def _figure(c: Context, view: View, arms: list[dict[str, Any]], finished: pl.Dat
         x, y = [r[c.balance.name] for r in front], [r[quality.name] for r in front]
         ax.step(x, y, where="pre", color=MUTED, linewidth=0.9, zorder=1)
         ax.axvline(RESTORED, color=MUTED, linewidth=0.8, linestyle=":")
+        traces += _extent(c, finished, x, y)
         layout = {
-            "xaxis": {"title": {"text": f"{axes[c.balance.name]})"}, "range": [0, 1.02]},
+            "xaxis": {"title": {"text": f"{axes[c.balance.name]}; dotted: {RESTORED:g})"}, "range": [0, 1.02]},
             "yaxis": {"title": {"text": f"{axes[quality.name]})"}, "range": [bottom - pad, top + pad]},
+            "shapes": [_dotted()],
             "height": 560,
         }
         view.plots.append(("pareto", {"data": traces, "layout": layout}))
@@ -138,6 +140,26 @@ def _marks(
         if ring:
             ax.plot(*ring, color=style.colour, linewidth=0.7, alpha=0.6, linestyle=DASHES[style.dash])
         traces.append(_dots(c, groups[arm], c.labels[arm], style, dots, len(shown) <= 24))
+    return traces
+
+
+def _dotted() -> dict[str, Any]:
+    """A vertical line at the least balance of a balanced tree, for plotly."""
+    line = {"color": MUTED, "width": 1, "dash": "dot"}
+    return {"type": "line", "x0": RESTORED, "x1": RESTORED, "y0": 0, "y1": 1, "yref": "paper", "line": line}
+
+
+def _extent(c: Context, finished: pl.DataFrame, x: list[float], y: list[float]) -> list[dict[str, Any]]:
+    """The front as steps and the arms' ellipses, for plotly."""
+    look: dict[str, Any] = {"type": "scatter", "mode": "lines", "hoverinfo": "skip"}
+    front = {"color": MUTED, "width": 1, "shape": "vh"}
+    traces = [{**look, "name": "not beaten on both", "x": x, "y": y, "line": front}]
+    groups = finished.partition_by("arm", as_dict=True, maintain_order=True)
+    for (arm,), rows in groups.items() if len(groups) <= 24 else ():
+        ring = ellipse(rows[c.balance.name].to_list(), rows[c.quality.name].to_list())
+        if ring:
+            line = {"color": c.styles.arms[arm].colour, "width": 1}
+            traces.append({**look, "x": ring[0].tolist(), "y": ring[1].tolist(), "line": line, "showlegend": False})
     return traces
 
 

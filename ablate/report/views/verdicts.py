@@ -9,10 +9,11 @@ import numpy as np
 from ablate.analysis.families import judged
 from ablate.analysis.rates import RULES
 from ablate.config.endpoints import label_of
+from ablate.report.answer import counts
 from ablate.report.context import Context
-from ablate.report.draw import versus, zero
+from ablate.report.draw import rows_above, versus, zero
 from ablate.report.parts import Table, View
-from ablate.report.style import GRID, VERDICT_COLOUR, VERDICT_MARK, new
+from ablate.report.style import GRID, NARROW, VERDICT_COLOUR, VERDICT_MARK, new
 from ablate.report.tables import cells
 from ablate.report.wording import cap
 
@@ -133,11 +134,8 @@ def _summary(c: Context) -> list[str]:
     found = c.findings["findings"]
     for family in c.findings["families"]:
         own = [f for f in [*found, *c.findings["recovered"], *c.findings["pruning"]] if f["family"] == family["family"]]
-        counts = ", ".join(
-            f"{sum(f['verdict'] == v for f in own)} {v}" for v in ("supported", "refuted", "inconclusive")
-        )
         method = {"holm": "Holm", "bh": "Benjamini-Hochberg"}[family["adjustment"]]
-        out.append(f"{cap(family['what'])}: {counts} ({family['size']} tests in the family, {method}).")
+        out.append(f"{cap(family['what'])}: {counts(own)} ({family['size']} tests in the family, {method}).")
     out.append(f"These verdicts rest on: {RULES[c.findings['rate_rule']]}.")
     over = [f["over_text"] for f in found if "over_text" in f]
     if over:
@@ -165,7 +163,7 @@ def _summary(c: Context) -> list[str]:
 
 def _forest(view: View, endpoint: str, shown: list[dict[str, Any]]) -> None:
     rows = shown[:FOREST][::-1]
-    figure = new(7.6, 0.34 * len(rows) + 1.3)
+    figure = new(NARROW, 0.42 * len(rows) + 1.4)
     ax = figure.subplots()
     margin = rows[0]["margin"]
     ax.axvspan(-margin, margin, color=GRID, alpha=0.6, zorder=0, linewidth=0)
@@ -179,8 +177,7 @@ def _forest(view: View, endpoint: str, shown: list[dict[str, Any]]) -> None:
     usual = max(float(np.median(reach)) * 4, 3 * margin)
     if reach.max() > usual:
         ax.set_xlim(-usual, usual)
-    ax.set_yticks(range(len(rows)), [versus(f["arm_label"], f["reference_label"]) for f in rows])
-    ax.set_ylim(-0.6, len(rows) - 0.4)
+    rows_above(ax, [versus(f["arm_label"], f["reference_label"]) for f in rows])
     ax.set_xlabel(f"difference in {label_of(endpoint)}, 95% interval\n(grey: within the margin of {margin:.3g})")
     ax.grid(axis="y", visible=False)
     handles = [ax.plot([], [], VERDICT_MARK[v], color=VERDICT_COLOUR[v], label=v)[0] for v in VERDICT_COLOUR]
