@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ablate.model.auto import announce
+
 if TYPE_CHECKING:
     from ablate.api import load as load
     from ablate.api import run_study as run_study
@@ -26,6 +28,15 @@ _HOME = {
     "run_study": "ablate.api",
 }
 __all__ = tuple(_HOME)
+
+
+def _register(base_class: str) -> Any:
+    from ablate.model.convert import register
+
+    return register(base_class)
+
+
+announce(_register)  # to transformers, whenever it is imported
 
 
 def __getattr__(name: str) -> Any:

@@ -23,14 +23,13 @@ from torch import Tensor, nn
 from ablate.config import ConfigError, Tree, parse
 from ablate.config.text import load_json, read_text
 from ablate.model import neuron_placement
+from ablate.model.auto import PREFIX
 from ablate.model.mlps import Found, TreeMlp, find_mlps, replace
 from ablate.model.transformer import evaluating
 from ablate.model.tree import TreeFeedForward
 
 HELD_OUT = 4
 """One in so many calibration tokens is kept from the fit, to measure the reconstruction error on."""
-PREFIX = "ablate_"
-"""What a converted model's type starts with."""
 
 Init = Literal["dense", "shuffled", "random"]
 Batch = Tensor | Mapping[str, Tensor]

@@ -196,7 +196,13 @@ def replace(model: nn.Module, name: str, pass_through: Iterable[str], new: nn.Mo
     """Put a module in the place of another, by dotted name; modules named in `pass_through` become identities."""
     for target, module in ((name, new), *((p, nn.Identity()) for p in pass_through)):
         parent, _, child = target.rpartition(".")
-        setattr(model.get_submodule(parent), child, module)
+        owner = model.get_submodule(parent)
+        setattr(owner, child, module)
+        if isinstance(owner, nn.TransformerEncoderLayer):
+            # In eval mode PyTorch's fast paths, of a layer and of nested tensors, ask for the old weights.
+            owner.activation_relu_or_gelu = 0
+            for encoder in (m for m in model.modules() if isinstance(m, nn.TransformerEncoder)):
+                encoder.use_nested_tensor = False
 
 
 def _by_pattern(model: nn.Module, patterns: list[str]) -> list[Found | Unread]:
@@ -229,10 +235,12 @@ def _as_mlp(name: str, module: nn.Module) -> Found | Unread | str:
         return "it is a tree already"
     if isinstance(module, DenseFeedForward):
         return _own(name, module)
-    if all(isinstance(getattr(module, part, None), nn.Module) for part in ("fc1", "fc2", "activation_fn")):
-        own = {"fc1", "fc2", "activation_fn"}
-        if any(True for n, m in module.named_children() if n not in own for _ in m.parameters()):
-            return _inline(name, module)
+    if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+        return _inline(name, module, ("linear1", "activation", "linear2"), module.dropout.p, "dropout.p")
+    parts = ("fc1", "activation_fn", "fc2")
+    others = (m for n, m in module.named_children() if n not in parts for _ in m.parameters())
+    if all(isinstance(getattr(module, part, None), nn.Module) for part in parts) and any(True for _ in others):
+        return _inline(name, module, parts, getattr(module, "activation_dropout", 0.0), "activation_dropout")
     return _block(name, module)
 
 
@@ -247,18 +255,20 @@ def _own(name: str, module: DenseFeedForward) -> Found | str:
     return Found(name, mlp, 0.0)
 
 
-def _inline(name: str, module: nn.Module) -> Found | str:
-    """A decoder layer that computes fc2(activation_fn(fc1(x))) itself (OPT)."""
-    first, second = _projection(module.get_submodule("fc1")), _projection(module.get_submodule("fc2"))
+def _inline(name: str, module: nn.Module, parts: tuple[str, str, str], dropout: float, setting: str) -> Found | str:
+    """A layer that computes down(f(up(x))) itself, from parts of these names (OPT, nn.TransformerEncoderLayer)."""
+    up, f, down = parts
+    first, second = _projection(module.get_submodule(up)), _projection(module.get_submodule(down))
     if first is None or second is None:
-        return "its fc1 and fc2 are not linear"
-    if getattr(module, "activation_dropout", 0.0):
-        return "it drops out hidden units: set activation_dropout to 0 first"
-    activation = _activation(module.get_submodule("activation_fn"))
+        return f"its {up} and {down} are not linear"
+    if dropout:
+        return f"it drops out hidden units: set {setting} to 0 first"
+    activation = _activation(getattr(module, f))
     if activation is None:
-        return f"its activation {module.get_submodule('activation_fn')} is not one of {', '.join(ACTIVATIONS)}"
+        return f"its activation {getattr(module, f)} is not one of {', '.join(ACTIVATIONS)}"
     mlp = DenseMlp(first[0], first[1], second[0].T.contiguous(), second[1], activation)
-    return Found(f"{name}.fc1", mlp, 0.0, (f"{name}.activation_fn", f"{name}.fc2"))
+    at = f"{name}." if name else ""
+    return Found(f"{at}{up}", mlp, 0.0, (f"{at}{f}", f"{at}{down}"))
 
 
 def _block(name: str, module: nn.Module) -> Found | Unread | str:
