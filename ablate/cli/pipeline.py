@@ -85,14 +85,18 @@ def analyse(name: Name) -> None:
 def report(
     name: Name,
     address: Annotated[
-        str | None, typer.Option(envvar="ABLATE_MLFLOW_ADDRESS", help="MLflow's address, for links to runs.")
+        str | None,
+        typer.Option(
+            envvar="ABLATE_MLFLOW_ADDRESS", help="MLflow's address, for links to runs; a server's is known by itself."
+        ),
     ] = None,
 ) -> None:
     """Write a study's report: out/NAME/index.html, report.md, figures and tables; logged to the study's MLflow run."""
     with busy(f"drawing the report of {name}"):
         from ablate.report import build
 
-        print(build.build(name, ROOT, address))
+        server = os.environ.get("MLFLOW_TRACKING_URI", "")
+        print(build.build(name, ROOT, address or (server if server.startswith("http") else None)))
     _log(name, ["findings.json", "metrics.json", "index.html", "report.md", "figures"])
 
 

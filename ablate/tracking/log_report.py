@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from mlflow.entities import Metric
+from mlflow.entities import Metric, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
 
 from ablate.config import ConfigError, load_study
+from ablate.config.endpoints import ENDPOINTS
 from ablate.evaluation.scores import Evaluated
 from ablate.results.layout import Layout
 from ablate.results.plan_file import load_plan
 from ablate.results.record import load_record
+from ablate.tracking import tags as names
 from ablate.tracking.spool import finite
 from ablate.tracking.store import default_uri, experiment_of, metric_name, prepare_store, study_run
 
@@ -22,7 +27,7 @@ FOLDER = "report"
 EVALUATION = "evaluation"
 
 
-def log_report(study: str, root: Path, names: Iterable[str], *, tracking: str | None = None) -> str | None:
+def log_report(study: str, root: Path, files: Iterable[str], *, tracking: str | None = None) -> str | None:
     """Log files and folders of out/<study>/ under `report/` of the study's run; the run's id.
 
     The run is that of the plan's space, made where there is none. Logging again replaces. None, and nothing is logged,
@@ -43,12 +48,40 @@ def log_report(study: str, root: Path, names: Iterable[str], *, tracking: str | 
         run, made = study_run(client, experiment, settings, plan["space"], plan.get("notes", []))
         if made:  # any other is the study's own to close
             client.set_terminated(run, status="FINISHED")
-        for path in (layout.report / name for name in names):
+        _summarise(client, experiment, run, layout.report)
+        for path in (layout.report / name for name in files):
             if path.is_dir():
                 client.log_artifacts(run, str(path), f"{FOLDER}/{path.name}")
             elif path.exists():
                 client.log_artifact(run, str(path), FOLDER)
     return run
+
+
+def _summarise(client: MlflowClient, experiment: str, run: str, report: Path) -> None:
+    """Give the study's run what its findings come to: best and reference values, verdict counts, a link to the report."""
+    try:
+        findings = json.loads((report / "findings.json").read_text(encoding="utf-8"))
+        arms, reference = findings["arms"], findings["reference"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    values: dict[str, Any] = {k: v for k, v in findings["summary"].items() if isinstance(v, int | float)}
+    values |= {
+        f"reference_{name}": found[name]["mean"]
+        for found in arms
+        if found["arm"] == reference
+        for name in ENDPOINTS
+        if found.get(name)
+    }
+    everything = [f for key in ("findings", "recovered", "pruning") for f in findings[key]]
+    values |= {v: sum(f["verdict"] == v for f in everything) for v in ("supported", "refuted", "inconclusive")}
+    now = time.time_ns() // 1_000_000
+    metrics = [Metric(metric_name(k), v, now, 0) for k, v in finite(values).items()]
+    tags = [RunTag(f"ablate.{k}", v) for k, v in findings["summary"].items() if isinstance(v, str)]
+    link = f"[Report](#/experiments/{experiment}/runs/{run}/artifacts/{FOLDER}/index.html)"
+    note = client.get_run(run).data.tags.get(names.NOTE, "")
+    if link not in note:
+        tags.append(RunTag(names.NOTE, "\n\n".join(part for part in (note, link) if part)))
+    client.log_batch(run, metrics=metrics, tags=tags)
 
 
 def log_evaluation(found: Evaluated, files: Iterable[Path], root: Path, *, tracking: str | None = None) -> list[str]:

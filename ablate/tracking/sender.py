@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from ablate.tracking import tags as names
+from ablate.tracking.models import log_model
+from ablate.tracking.preview import previews
 from ablate.tracking.spool import Event, Spool
 from ablate.tracking.store import batches, dataset, first_line
 
@@ -91,7 +94,18 @@ class Sender:
         for table in event["tables"]:
             if Path(table).exists():
                 self.client.log_artifact(self._id, table)
+        self._preview()
+        if event.get("model") and Path(event["model"]).exists():
+            log_model(self.client, self._id, Path(event["model"]))
         self.client.set_terminated(self._id, status=event["status"], end_time=event["time"])
+
+    def _preview(self) -> None:
+        """Log pictures of what the tables hold: MLflow shows no parquet."""
+        history = {e["step"]: e["values"] for e in self.spool.events if e["event"] == "metrics"}
+        if history:
+            with tempfile.TemporaryDirectory(prefix="ablate-preview-") as folder:
+                for path in previews(history, Path(folder)):
+                    self.client.log_artifact(self._id, str(path), "preview")
 
     @property
     def _id(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import socket
@@ -133,11 +134,21 @@ def study_run(
         names.SPACE: space,
         names.DESIGN: study.design,
         names.NOTE: "\n\n".join(part for part in (study.title, study.notes, *notes) if part),
+        **source(study.name),
     }
     run = client.create_run(experiment, tags=tags, run_name=study.name)
     for batch in batches(flat(study.model_dump(mode="json"))):
         client.log_batch(run.info.run_id, params=batch)
     return str(run.info.run_id), True
+
+
+def source(study: str) -> dict[str, str]:
+    """Return the tags of what made a run and who ran it: MLflow's columns Source and Created by."""
+    tags = {names.SOURCE: f"ablate study run studies/{study}.yaml", names.SOURCE_TYPE: "LOCAL"}
+    try:
+        return tags | {names.USER: getpass.getuser()}
+    except (OSError, KeyError):  # a container's user without a name
+        return tags
 
 
 def experiment_of(client: MlflowClient, uri: str, layout: Layout) -> str:
@@ -147,9 +158,12 @@ def experiment_of(client: MlflowClient, uri: str, layout: Layout) -> str:
         # Artifacts go next to a local database; a server decides itself.
         local = sqlite_file(uri) is not None
         artifacts = (layout.state / "artifacts" / layout.study).resolve().as_uri() if local else None
-        return str(client.create_experiment(layout.study, artifact_location=artifacts))
+        kind = {names.EXPERIMENT_KIND: names.MODEL_TRAINING}
+        return str(client.create_experiment(layout.study, artifact_location=artifacts, tags=kind))
     if found.lifecycle_stage != "active":
         client.restore_experiment(found.experiment_id)
+    if names.EXPERIMENT_KIND not in found.tags:  # made by an earlier version
+        client.set_experiment_tag(found.experiment_id, names.EXPERIMENT_KIND, names.MODEL_TRAINING)
     return str(found.experiment_id)
 
 

@@ -5,6 +5,14 @@ from __future__ import annotations
 # Tags of MLflow runs. `mlflow.*` are MLflow's own.
 PARENT_RUN = "mlflow.parentRunId"
 NOTE = "mlflow.note.content"
+SOURCE, SOURCE_TYPE, COMMIT, USER = (
+    "mlflow.source.name",
+    "mlflow.source.type",
+    "mlflow.source.git.commit",
+    "mlflow.user",
+)
+# Of an experiment: without it MLflow 3 opens its pages for prompts and traces.
+EXPERIMENT_KIND, MODEL_TRAINING = "mlflow.experimentKind", "custom_model_development"
 STUDY = "ablate.study"
 SPACE = "ablate.space"
 ROLE = "ablate.role"  # study or trial

@@ -18,13 +18,23 @@ from ablate.config import ConfigError
 from ablate.config.endpoints import BPB
 from ablate.evaluation.scores import columns
 from ablate.results.columns import COST
-from ablate.results.layout import Layout
+from ablate.results.layout import MODEL, Layout
 from ablate.results.record import Record, load_record
 from ablate.study.designs import Plan, PlannedTrial
 from ablate.tracking import tags as names
+from ablate.tracking.machine import watched
 from ablate.tracking.sender import Sender
 from ablate.tracking.spool import Event, Spool, ends_with_result, finite, spool_path
-from ablate.tracking.store import dataset, experiment_of, first_line, flat, metric_name, prepare_store, study_run
+from ablate.tracking.store import (
+    dataset,
+    experiment_of,
+    first_line,
+    flat,
+    metric_name,
+    prepare_store,
+    source,
+    study_run,
+)
 from ablate.training.result import Evaluation
 
 RETRY_SECONDS = 15
@@ -73,7 +83,7 @@ class MlflowTracker:
         spool = Spool(spool_path(layout, planned.hash))
         if not spool.events:
             spool.append(self._opening(planned, layout))
-        return MlflowTrial(self.uri, spool)
+        return MlflowTrial(self.uri, spool, layout.folder(planned.hash) / MODEL)
 
     def end_study(self, plan: Plan, layout: Layout, status: str) -> None:
         """Send what is left and close the study's run; a server that is away gets it at the next run of the study."""
@@ -96,6 +106,7 @@ class MlflowTracker:
             names.ARM: planned.arm,
             names.KIND: planned.kind,
             names.SEED: str(planned.seed),
+            **source(layout.study),
         }
         return {
             "event": "open",
@@ -113,7 +124,8 @@ class MlflowTracker:
             arm=record.arm, kind=record.kind, seed=record.seed, trial=record.config, factors=record.factors
         )
         opening = self._opening(planned, layout)
-        return [opening, *(_metrics(e) for e in record.history), _closing(record, tables)]
+        closing = _closing(record, tables, layout.folder(record.trial) / MODEL)
+        return [opening, *(_metrics(e) for e in record.history), closing]
 
     def settle(self, layout: Layout, client: MlflowClient) -> None:
         """Send the events that trials of dead processes, or of times without a server, left behind."""
@@ -141,14 +153,14 @@ class MlflowTracker:
         for evaluation in done.history:
             if evaluation.step not in spool.steps:
                 spool.append(_metrics(evaluation))
-        spool.append(_closing(done, layout.tables_of(spool.path.stem)))
+        spool.append(_closing(done, layout.tables_of(spool.path.stem), layout.folder(spool.path.stem) / MODEL))
 
 
 class MlflowTrial:
     """study.tracker.TrialTracker: writes events to the spool; a thread sends them."""
 
-    def __init__(self, uri: str, spool: Spool) -> None:
-        self.spool = spool
+    def __init__(self, uri: str, spool: Spool, weights: Path) -> None:
+        self.spool, self._weights = spool, weights
         self._uri = uri
         self._steps = spool.steps
         self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()
@@ -179,7 +191,7 @@ class MlflowTrial:
 
     def finish(self, record: Record, tables: Sequence[Path]) -> None:
         """Close the run with the trial's result."""
-        self._append(_closing(record, tables), last=True)
+        self._append(_closing(record, tables, self._weights), last=True)
 
     def abandon(self, status: str, message: str) -> None:
         """Close the run without a result; a later attempt opens it again."""
@@ -210,25 +222,29 @@ class MlflowTrial:
         """The sending thread: at every event, and every 15 s while the server is away, until the last event."""
         sender = Sender(MlflowClient(self._uri), self.spool)
         away_until = 0.0
+        monitor = None
         while True:
             last = self._last
             if last or time.monotonic() >= away_until:
                 try:
                     sender.send()
+                    monitor = monitor or (None if last else watched(self.spool.run_id, self._uri))
                 except (MlflowException, OSError) as error:  # OSError: a full disk
                     if last:
                         _log.warning("MLflow is away, events are kept for later: %s", first_line(error))
-                        return
+                        break
                     away_until = time.monotonic() + RETRY_SECONDS
                 self._answered.set()
             if last:
                 if ends_with_result(self.spool):
                     self.spool.remove()
-                return
+                break
             try:
                 self._wake.get(timeout=RETRY_SECONDS)
             except queue.Empty:
                 continue
+        if monitor:
+            monitor.finish()
 
 
 def _metrics(evaluation: Evaluation) -> Event:
@@ -245,12 +261,13 @@ def _metrics(evaluation: Evaluation) -> Event:
     return {"event": "metrics", "time": _now(), "step": evaluation.step, "values": values}
 
 
-def _closing(record: Record, tables: Sequence[Path]) -> Event:
+def _closing(record: Record, tables: Sequence[Path], weights: Path) -> Event:
     origin = record.provenance
     tags = {
         names.STATUS: record.status,
         names.MESSAGE: record.message,
         names.GIT_COMMIT: origin.git_commit,
+        names.COMMIT: origin.git_commit,
         names.GIT_DIRTY: str(origin.git_dirty).lower(),
         names.DATA_HASH: origin.data_hash,
         names.TOKENIZER_HASH: origin.tokenizer_hash,
@@ -277,6 +294,7 @@ def _closing(record: Record, tables: Sequence[Path]) -> Event:
         "tags": {key: value for key, value in tags.items() if value},
         "metrics": metrics,
         "tables": [str(table) for table in tables],
+        "model": str(weights) if record.config.train.keep_checkpoint and record.status == "finished" else None,
     }
 
 

@@ -15,19 +15,24 @@ import pytest
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
+from ablate.analysis.findings import analyse
 from ablate.config import ConfigError
 from ablate.evaluation.scores import Evaluated, Quality
-from ablate.results.layout import Layout
+from ablate.model.transformer import Transformer
+from ablate.results.layout import MODEL, Layout
 from ablate.results.record import Record, load_record, save_record
 from ablate.study.designs import Plan, expand
 from ablate.study.records import save_plan
 from ablate.study.runner import run_study
 from ablate.tracking import tags
 from ablate.tracking.log_report import log_evaluation, log_report
+from ablate.tracking.models import log_model
 from ablate.tracking.spool import Spool, spool_path
 from ablate.tracking.store import default_uri, prepare_store
 from ablate.tracking.tracker import MlflowTracker
+from ablate.training.checkpoint import save_model
 from ablate.training.result import Evaluation
+from tests.report.synthetic import write_study
 from tests.study import objective
 from tests.tracking.server import Server
 
@@ -75,7 +80,16 @@ def test_a_study_is_a_run_and_its_trials_are_children(root: Path) -> None:
     assert child.data.params["tree.mirror"] == "1.0"
     assert child.data.params["train.betas"] == "[0.9, 0.95]"
     assert child.data.metrics["total_params"] == objective.COST.total_params
-    assert [a.path for a in client.list_artifacts(child.info.run_id)] == [f"{plan.trials[1].hash}.usage.parquet"]
+    assert [a.path for a in client.list_artifacts(child.info.run_id)] == [
+        f"{plan.trials[1].hash}.usage.parquet",
+        "preview",
+    ]
+    shown = [a.path for a in client.list_artifacts(child.info.run_id, "preview")]
+    assert shown == ["preview/evaluations.html", "preview/evaluations.png"]
+    assert client.get_experiment(child.info.experiment_id).tags[tags.EXPERIMENT_KIND] == tags.MODEL_TRAINING
+    for run in (parent, child):
+        assert run.data.tags[tags.SOURCE] == "ablate study run studies/cheap.yaml"
+        assert run.data.tags[tags.USER]
     record = load_record(Layout(root, "cheap").record(plan.trials[1].hash))
     assert record.run_id == child.info.run_id
 
@@ -104,6 +118,59 @@ def test_findings_are_logged_once_to_one_run_of_the_study(root: Path) -> None:
     assert Path(client.download_artifacts(run, "report/findings.json", str(root))).read_text() == "2"
     with pytest.raises(ConfigError, match="no MLflow answers there"):
         log_report("cheap", root, ["findings.json"], tracking="http://127.0.0.1:9")
+
+
+def test_the_studys_run_carries_what_its_findings_come_to(tmp_path: Path) -> None:
+    write_study(tmp_path, factors={"tree.mirror": [0.0, 1.0]}, controls=False, tune=False, usage=0, diverged=False)
+    findings = json.loads(analyse("demo", tmp_path).read_text())
+    plan = json.loads(Layout(tmp_path, "demo").plan.read_text())
+    Layout(tmp_path, "demo").plan.write_text(json.dumps({"space": "s" * 12, **plan}))
+    for _ in range(2):
+        run = log_report("demo", tmp_path, ["findings.json"])
+    assert run is not None
+    logged = MlflowClient(default_uri(tmp_path)).get_run(run)
+    assert logged.data.metrics["best_bpb"] == findings["summary"]["best_bpb"]
+    assert logged.data.tags["ablate.best_bpb_arm"] == findings["summary"]["best_bpb_arm"]
+    reference = next(a for a in findings["arms"] if a["reference"])
+    assert logged.data.metrics["reference_n_eff_frac"] == reference["n_eff_frac"]["mean"]
+    verdicts = [f["verdict"] for f in findings["findings"]]
+    assert logged.data.metrics["inconclusive"] == verdicts.count("inconclusive")
+    place = f"#/experiments/{logged.info.experiment_id}/runs/{run}/artifacts/report/index.html"
+    assert logged.data.tags[tags.NOTE].count(place) == 1
+
+
+def test_kept_weights_are_a_model_that_mlflow_loads(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    import mlflow.pytorch
+    import torch
+
+    study = objective.study(seeds=[0], factors={"tree.mirror": [0]}, base={"train": {"keep_checkpoint": True}})
+    plan, layout = expand(study), Layout(root, "cheap")
+    save_plan(layout, plan)
+    tracker, planned = MlflowTracker(default_uri(root)), plan.trials[0]
+    tracker.start_study(plan, layout, CARD)
+    model = Transformer(planned.trial, 257).eval()
+    layout.folder(planned.hash).mkdir(parents=True)
+    save_model(layout.folder(planned.hash) / MODEL, model, planned.trial, "t" * 12)
+    trial = tracker.open_trial(planned, layout)
+    trial.finish(ended(plan, [0, 5]).model_copy(update={"status": "finished"}), [])
+    settle()
+    client, found = runs(default_uri(root))
+    run = client.get_run(next(r for r in found if r.data.tags[tags.ROLE] == "trial").info.run_id)
+    assert run.outputs is not None
+    [logged] = run.outputs.model_outputs
+    log_model(client, run.info.run_id, layout.folder(planned.hash) / MODEL)
+    again = client.get_run(run.info.run_id).outputs
+    assert again is not None
+    assert again.model_outputs == [logged], "sent again, it is not logged twice"
+    place = f"{run.info.artifact_uri}/model"
+    loaded = mlflow.pytorch.load_model(place)
+    ids = torch.arange(8)[None]
+    assert torch.equal(loaded(ids), model(ids))
+    described = mlflow.models.get_model_info(place)
+    assert described.signature.inputs.inputs[0].shape == (-1, -1)
+    assert described.saved_input_example_info is not None
+    assert client.get_logged_model(logged.model_id).source_run_id == run.info.run_id
+    assert not [r for r in caplog.records if "ickle" in r.getMessage()]
 
 
 def test_an_evaluation_is_logged_to_the_trials_run_beside_its_own_metrics(root: Path) -> None:
