@@ -8,8 +8,9 @@ from typing import Any
 
 import yaml
 
+from ablate.analysis.families import COST, depth_varies
 from ablate.config import ConfigError, Study, load_study, parse
-from ablate.config.endpoints import N_EFF
+from ablate.config.endpoints import BITS_LOST, N_EFF
 from ablate.config.study import check_field
 from ablate.results.layout import Layout
 
@@ -67,7 +68,8 @@ def drafted(study: Study, findings: dict[str, Any], top: int) -> dict[str, Any] 
 
 def undecided(study: Study, findings: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the named contrasts that more seeds could decide, as findings."""
-    named = [f for f in findings["findings"] if f["family"] == "confirm"] if study.design == "confirm" else []
+    families = {"confirm", COST} if study.design == "confirm" else set()
+    named = [f for f in findings["findings"] if f["family"] in families]
     return [f for f in named if f["verdict"] == "inconclusive" and not f["reasons"]]
 
 
@@ -100,7 +102,8 @@ def _best(study: Study, findings: dict[str, Any], top: int) -> dict[str, Any] | 
         return None
     chosen: dict[str, str] = {}
     ranked = []
-    for goal in (N_EFF, study.quality):
+    balance, q = BITS_LOST if depth_varies(study) else N_EFF, study.quality
+    for goal in (balance, q):
         known = [a for a in arms.values() if a[goal.name] and reference[goal.name]]
         better = [a for a in known if goal.sign * (a[goal.name]["mean"] - reference[goal.name]["mean"]) < 0]
         ranked.append([(a["arm"], goal.name) for a in sorted(better, key=lambda a: goal.sign * a[goal.name]["mean"])])
@@ -116,11 +119,10 @@ def _best(study: Study, findings: dict[str, Any], top: int) -> dict[str, Any] | 
     for key, value in own.items():
         section, _, field = key.partition(".")
         base.setdefault(section, {})[field] = value
-    q = study.quality
     contrasts = []
     for arm, by in chosen.items():
-        if by == N_EFF.name:
-            contrasts.append({"arm": arm, "endpoint": by, "claim": N_EFF.better, "margin": study.min_effect_n_eff})
+        if by == balance.name:
+            contrasts.append({"arm": arm, "endpoint": by, "claim": balance.better, "margin": balance.margin_of(study)})
         claim = q.better if by == q.name else "matches"
         contrasts.append({"arm": arm, "endpoint": q.name, "claim": claim, "margin": study.margin})
     changes = {a: {k: v for k, v in s.items() if own.get(k) != v} for a, s in settings.items()}

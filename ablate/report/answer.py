@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ablate.analysis.follow_up import drafted, undecided
-from ablate.config.endpoints import ENDPOINTS, N_EFF, Endpoint
+from ablate.config.endpoints import BITS_LOST, ENDPOINTS, N_EFF, Endpoint
 from ablate.report.context import Context
 
 VERDICTS = ("supported", "refuted", "inconclusive")
@@ -61,7 +61,7 @@ def _best(c: Context) -> dict[str, Any] | None:
         (
             (
                 f["family"] == LEVELS,
-                f["endpoint"] != N_EFF.name,
+                not _balance(f["endpoint"]),
                 _costs(c, f),
                 -abs(f["effect"]) / f["margin"],
                 f["id"],
@@ -86,10 +86,20 @@ def _costs(c: Context, gain: dict[str, Any]) -> bool:
 
 def _counterpart(c: Context, gain: dict[str, Any]) -> dict[str, Any] | None:
     """The same comparison on the other endpoint: quality for a gain in balance, and balance for one in quality."""
-    wanted = c.quality.name if gain["endpoint"] != c.quality.name else N_EFF.name
-    same = ("family", "arm_label", "reference_label")
-    found = [f for f in c.findings["findings"] if f["endpoint"] == wanted and all(f[k] == gain[k] for k in same)]
+    of_quality = gain["endpoint"] == c.quality.name
+    same = ("arm_label", "reference_label")
+    found = [
+        f
+        for f in c.findings["findings"]
+        if (_balance(f["endpoint"]) if of_quality else f["endpoint"] == c.quality.name)
+        and f["family"] != "dense"
+        and all(f[k] == gain[k] for k in same)
+    ]
     return found[0] if found else None
+
+
+def _balance(endpoint: str) -> bool:
+    return endpoint in ENDPOINTS and ENDPOINTS[endpoint].part == "balance"
 
 
 def _gain(c: Context, f: dict[str, Any]) -> str:
@@ -150,7 +160,7 @@ def _measured(f: dict[str, Any], *, effect: bool = True) -> str:
 
 
 def _plain(endpoint: Endpoint) -> str:
-    return "balance" if endpoint.name == N_EFF.name else endpoint.label
+    return "balance" if endpoint.name in {N_EFF.name, BITS_LOST.name} else endpoint.label
 
 
 def _nothing_shown(c: Context) -> tuple[str, list[tuple[str, str]]]:
@@ -161,7 +171,7 @@ def _nothing_shown(c: Context) -> tuple[str, list[tuple[str, str]]]:
         points.append(("Pruning", f"Removing subtrees that hardly any token takes: {counts(c.findings['pruning'])}."))
     if not found:
         return "No two arms can be compared in this study, so it shows no best arm.", points
-    measured = [f for f in own or found if f["endpoint"] == N_EFF.name] or own or found
+    measured = [f for f in own or found if _balance(f["endpoint"])] or own or found
     best = min(
         measured, key=lambda f: (ENDPOINTS[f["endpoint"]].sign if f["endpoint"] in ENDPOINTS else -1) * f["effect"]
     )
