@@ -122,7 +122,11 @@ def run_links(ids: list[str], address: str | None) -> str:
     for i in ids[:SHOWN_IDS]:
         short = f"<code>{escape(i[:8])}</code>"
         known = address and re.fullmatch(r"[0-9a-f]{32}", i)
-        shown.append(f'<a href="{escape(address or "")}/#/runs/{i}">{short}</a>' if known else short)
+        shown.append(
+            f'<a href="{escape(address or "")}/#/runs/{i}?workflowType=machine_learning">{short}</a>'
+            if known
+            else short
+        )
     more = f" +{len(ids) - SHOWN_IDS}" if len(ids) > SHOWN_IDS else ""
     return f'<span class="runs">{" ".join(shown)}{more}</span>'
 

@@ -33,7 +33,7 @@ DEVICE = "ablate.device"
 THREADS = "ablate.threads"
 VERSIONS = "ablate.versions"  # JSON: package to version
 
-# Metrics at each evaluation, beside the balance metrics of BALANCE and `layer<i>/<name>`.
+# Metrics at each evaluation, beside the balance metrics of BALANCE and `per_layer<i>/<name>`.
 TRAIN_LOSS = "train_loss"
 LR = "lr"
 TOKENS = "tokens"
@@ -41,3 +41,8 @@ TRAIN_SECONDS = "train_seconds"
 # Metrics once, at the end.
 TOKENS_PER_SECOND = "tokens_per_second"
 SECONDS = "seconds"
+
+
+def shown(metric: str) -> str:
+    """Return a metric's name in MLflow, which orders groups by name: those of single layers come after `Model metrics`."""
+    return f"per_{metric}" if metric.startswith("layer") and "/" in metric else metric

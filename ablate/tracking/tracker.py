@@ -255,7 +255,7 @@ def _metrics(evaluation: Evaluation) -> Event:
             names.LR: evaluation.lr,
             names.TOKENS: evaluation.tokens,
             names.TRAIN_SECONDS: evaluation.seconds,
-            **evaluation.balance,
+            **{names.shown(name): value for name, value in evaluation.balance.items()},
         }
     )
     return {"event": "metrics", "time": _now(), "step": evaluation.step, "values": values}

@@ -298,7 +298,7 @@ def test_mlflow_ui_shows_the_study_its_trials_and_their_metrics(project: Path, t
             page.get_by_role("link", name="mirror=1").first.click()
             row = table.row(by_predicate=pl.col("arm") == "mirror=1", named=True)
             page.get_by_text(row["run_id"]).first.wait_for(timeout=90_000)
-            for text in ("n_eff_frac", "layer0/n_eff_frac", "dead_frac", "bpb"):
+            for text in ("n_eff_frac", "per_layer0/n_eff_frac", "dead_frac", "bpb"):
                 page.get_by_text(text, exact=True).first.wait_for(timeout=90_000, state="attached")
             page.get_by_text(str(row["bpb"])[:5]).first.wait_for(timeout=90_000, state="attached")
             page.screenshot(path=tmp_path / "run.png")

@@ -122,7 +122,7 @@ def test_real_runs_carry_data_code_and_balance(project: Path) -> None:
         assert {
             "bpb",
             "n_eff_frac",
-            "layer0/dead_frac",
+            "per_layer0/dead_frac",
             "tokens_per_second",
             "leaves/pruned",
         } <= run.data.metrics.keys()

@@ -59,7 +59,7 @@ def assert_complete(uri: str, root: Path, plan: Plan) -> None:
         assert run.info.status == "FINISHED"
         assert run.data.tags[tags.STATUS] == record.status
         for key in ("bpb", "n_eff_frac", "layer0/n_eff_frac"):
-            logged = [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, key)]
+            logged = [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, tags.shown(key))]
             values = [(e.step, e.bpb if key == "bpb" else e.balance[key]) for e in record.history]
             assert sorted(logged) == values
     assert not list(spool_path(layout, "any").parent.glob("*.jsonl"))

@@ -265,7 +265,7 @@
             show(); compare();
           });
           const id = el("code", { text: spec.runs[i].slice(0, 8) });
-          const run = spec.address && /^[0-9a-f]{32}$/.test(spec.runs[i]) ? el("a", { href: `${spec.address}/#/runs/${spec.runs[i]}` }, id) : id;
+          const run = spec.address && /^[0-9a-f]{32}$/.test(spec.runs[i]) ? el("a", { href: `${spec.address}/#/runs/${spec.runs[i]}?workflowType=machine_learning` }, id) : id;
           return el("tr", {}, el("td", {}, box), ...keys.map((k) => el("td", { text: text(spec.columns[k][i]) })), el("td", {}, run));
         }));
       };
