@@ -71,13 +71,3 @@ def test_what_a_published_study_says_to_run_next_is_a_study_file(name: str, tmp_
     left = {(f["arm"], f["reference"], f["endpoint"]) for f in undecided(study, findings)}
     if left:
         assert {(c.arm, c.reference, c.endpoint) for c in made.contrasts} == left
-
-
-def test_the_first_lines_of_confirm_count_what_its_findings_have() -> None:
-    text = (SHIPPED / "reports/confirm/report.md").read_text(encoding="utf-8")
-    data = json.loads((SHIPPED / "reports/confirm/findings.json").read_text(encoding="utf-8"))
-    everything = [f["verdict"] for k in ("findings", "recovered", "pruning") for f in data[k]]
-    counts = ", ".join(f"{everything.count(v)} {v}" for v in ("supported", "refuted", "inconclusive"))
-    assert f"Of {len(everything)} comparisons in all: {counts}." in text.split("## Verdicts")[0]
-    pruned = [f["verdict"] for f in data["pruning"]]
-    assert f"removed: {pruned.count('supported')} supported, {pruned.count('refuted')} refuted" in text
