@@ -152,8 +152,13 @@ def _mlps(model: nn.Module) -> list[Found | Unread]:
         elif not isinstance(module, TreeMlp | TreeFeedForward):
             others[name] = read
     alike = {_anywhere(one.name) for one in known if isinstance(one, Found)}
+    read_already = {one.name for one in known}
     for name, why in others.items():
-        if _anywhere(name) in alike and not any(one.name.startswith(f"{name}.") for one in known):
+        if (
+            name not in read_already
+            and _anywhere(name) in alike
+            and not any(one.name.startswith(f"{name}.") for one in known)
+        ):
             known.append(Unread(name, why))
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     return sorted(known, key=lambda one: order[one.name])
@@ -182,13 +187,19 @@ def _refuse_shared(model: nn.Module, found: list[Found]) -> None:
 
 
 def _parameters(model: nn.Module, one: Found) -> list[nn.Parameter]:
-    return [p for part in (one.name, *one.pass_through) for p in model.get_submodule(part).parameters()]
+    return [p for module in _modules(model, one) for p in module.parameters()]
+
+
+def _modules(model: nn.Module, one: Found) -> list[nn.Module]:
+    """Return the modules of an MLP; an activation may be a plain function."""
+    named = dict(model.named_modules(remove_duplicate=False))
+    return [named[part] for part in (one.name, *one.pass_through) if part in named]
 
 
 def _own_names(model: nn.Module, owner: str, found: list[Found]) -> list[str]:
     """Return every name under which the modules of an MLP can be reached."""
     one = next(f for f in found if f.name == owner)
-    own = {id(model.get_submodule(part)) for part in (one.name, *one.pass_through)}
+    own = {id(module) for module in _modules(model, one)}
     return [name for name, module in model.named_modules(remove_duplicate=False) if id(module) in own]
 
 
