@@ -144,7 +144,7 @@ def _mlps(model: nn.Module) -> list[Found | Unread]:
     known: list[Found | Unread] = []
     others: dict[str, str] = {}
     for name, module in model.named_modules():
-        if any(name.startswith(f"{one.name}.") for one in known):
+        if any(f"{name}.".startswith(f"{one.name}.") for one in known):
             continue
         read = _read(name, module)
         if isinstance(read, Found | Unread):
