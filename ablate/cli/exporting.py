@@ -15,7 +15,7 @@ FORMATS = ["csv", "tensorboard"]
 
 
 @app.command()
-@example("export laptop --format tensorboard")
+@example("export first --format tensorboard")
 def export(
     name: Name,
     form: Annotated[str, typer.Option("--format", help="csv or tensorboard.")] = "csv",

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 @app.command()
-@example("prepare studies/laptop.yaml")
+@example("prepare studies/first.yaml")
 def prepare(
     file: StudyFile,
     card: Annotated[Path | None, typer.Option(help="Also write the data card to this file.")] = None,
@@ -60,7 +60,7 @@ def prepare(
 
 
 @app.command()
-@example("collect laptop")
+@example("collect first")
 def collect(name: Name) -> None:
     """Export a study's results to tables/NAME/{trials,history,usage,trees,prune}.parquet."""
     with busy(f"collecting the results of {name}"):
@@ -70,7 +70,7 @@ def collect(name: Name) -> None:
 
 
 @app.command()
-@example("analyse laptop")
+@example("analyse first")
 def analyse(name: Name) -> None:
     """Turn a study's tables into findings: out/NAME/findings.json, also logged to the study's MLflow run."""
     with busy(f"analysing {name}"):
@@ -81,7 +81,7 @@ def analyse(name: Name) -> None:
 
 
 @app.command()
-@example("report laptop")
+@example("report first")
 def report(
     name: Name,
     address: Annotated[
@@ -112,7 +112,7 @@ def _log(name: str, files: list[str]) -> None:
 
 
 @app.command()
-@example("publish laptop")
+@example("publish first")
 def publish(name: Name) -> None:
     """Copy a study's tables to reports/NAME/data, from which `ablate figures` draws its report."""
     with busy(f"publishing {name}"):
@@ -227,7 +227,7 @@ def reproduce(
 
 
 @app.command()
-@example("compare laptop laptop-longer")
+@example("compare first first-longer")
 def compare(study_a: Name, study_b: Name) -> None:
     """Compare two studies' findings: out/compare/A-B/."""
     from ablate.report import compare as comparing

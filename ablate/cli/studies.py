@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @study_app.command("run")
-@example("study run studies/laptop.yaml --workers 2")
+@example("study run studies/first.yaml --workers 2")
 def study_run(
     file: StudyFile,
     workers: Annotated[int, typer.Option(min=1, help="Processes; threads are divided among them.")] = 2,
@@ -107,7 +107,7 @@ def _run(
 
 
 @study_app.command("plan")
-@example("study plan studies/laptop.yaml --workers 2")
+@example("study plan studies/first.yaml --workers 2")
 def study_plan(
     file: StudyFile,
     workers: Annotated[int, typer.Option(min=1, help="Local processes that the prediction is for.")] = 2,
@@ -168,7 +168,7 @@ def study_plan(
 
 
 @study_app.command("status")
-@example("study status laptop")
+@example("study status first")
 def study_status(name: Name, as_json: Json = False) -> None:
     """Show how far a study is: trials by state, the best, failures, and the time left while it runs."""
     from ablate.study.status import status
