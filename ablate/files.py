@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 PARTIAL = ".partial"
+_NUMBERS = """
+    ENOSPC EDQUOT EROFS EIO ESTALE EACCES EPERM ENOMEM EMFILE ENFILE ENODEV ENXIO ENOTCONN EREMOTEIO EHOSTDOWN
+    EHOSTUNREACH ENETDOWN ENETUNREACH ECONNREFUSED ECONNRESET ECONNABORTED ETIMEDOUT EPIPE
+"""
+_MACHINE = {getattr(errno, name) for name in _NUMBERS.split() if hasattr(errno, name)}
+_WORDS = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "pytorchstreamwriter failed writing",
+    "disk is full",
+    "disk i/o error",
+    "readonly database",
+    "unable to open database",
+)
+_NUMBER = re.compile(r"\(os error (\d+)\)")  # polars and other libraries in Rust
 
 
 @contextmanager
@@ -54,5 +72,54 @@ def leftovers(folder: Path) -> list[Path]:
     return sorted(folder.glob(f".*{PARTIAL}"))
 
 
+def working_folder(folder: Path, name: str) -> Path:
+    """Return a new folder in `folder` for this process to work in; `stale_folders` finds those of killed processes."""
+    made = folder / f".{name}.{os.getpid()}{PARTIAL}"
+    shutil.rmtree(made, ignore_errors=True)
+    made.mkdir(parents=True)
+    return made
+
+
+def stale_folders(folder: Path) -> list[Path]:
+    """Return the working folders in a folder whose process is gone, sorted."""
+    return sorted(path for path in leftovers(folder) if path.is_dir() and not _lives(path))
+
+
+def _lives(partial: Path) -> bool:
+    """Whether the process that a half-written file or folder is named after is still there, on this machine."""
+    number = partial.name.removesuffix(PARTIAL).rpartition(".")[2]
+    try:
+        os.kill(int(number), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+
+
+def machine_fault(error: BaseException | None) -> bool:
+    """Whether an error, or one that it was raised from, is the machine's: its disks, memory or network."""
+    while error is not None:
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _MACHINE):
+            return True
+        text = str(error).lower()
+        if any(words in text for words in _WORDS) or any(int(n) in _MACHINE for n in _NUMBER.findall(text)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def described(error: BaseException) -> str:
+    """Return what a machine could not do, in one line: the file and the system's words, where there are any."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, OSError | MemoryError):
+        found = found.__cause__ or found.__context__
+    if isinstance(found, OSError) and found.strerror:
+        return f"{found.strerror}: {found.filename!r}" if found.filename is not None else found.strerror
+    if isinstance(found, MemoryError):
+        return "out of memory"
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

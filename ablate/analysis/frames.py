@@ -14,7 +14,7 @@ from typing import Any
 
 import polars as pl
 
-from ablate.config import ConfigError, Study, load_study
+from ablate.config import ConfigError, Study, load_study, reason
 from ablate.results.columns import (
     FACTOR,
     HISTORY_SCHEMA,
@@ -27,6 +27,7 @@ from ablate.results.columns import (
     WINDOWS_TABLE_SCHEMA,
 )
 from ablate.results.layout import WINDOWS
+from ablate.results.seal import Broken, unsealed
 
 Schema = Mapping[str, pl.DataType]
 WHOLE = {"seed"}
@@ -170,8 +171,16 @@ def _history(path: Path, name: str) -> pl.DataFrame:
 def _scan(path: Path, name: str, schema: Schema) -> pl.LazyFrame | None:
     if not path.exists():
         return None
-    scan = pl.scan_parquet(path, glob=False)
-    _check(scan.collect_schema().names(), schema, path, name)
+    try:
+        scan = pl.scan_parquet(path, glob=False)
+        columns = scan.collect_schema().names()
+        if "trial" in columns:
+            scan.select("trial").collect(engine="streaming")
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise ConfigError(
+            f"table {str(path)!r} cannot be read ({reason(error)}): run `ablate collect {name}`"
+        ) from None
+    _check(columns, schema, path, name)
     return scan
 
 
@@ -179,7 +188,9 @@ def _plan(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        plan = json.loads(path.read_text(encoding="utf-8"))
+        plan = json.loads(unsealed(path.read_bytes())[0])
+    except Broken:
+        raise ConfigError(f"plan {str(path)!r} is damaged: it is not what `ablate study run` wrote") from None
     except (UnicodeDecodeError, json.JSONDecodeError):
         raise ConfigError(f"plan {str(path)!r} is not JSON: it was damaged after `ablate study run` wrote it") from None
     return plan if isinstance(plan, dict) else {}

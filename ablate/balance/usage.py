@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -133,6 +134,8 @@ class UsageParts:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.digests: dict[str, str] = {}
+        """SHA-256 of each part that was written, by file name; a resumed run is given those of its checkpoint."""
 
     def write(
         self,
@@ -151,8 +154,19 @@ class UsageParts:
         if motion is not None:
             parts[MOTION] = motion.write_parquet
         for kind, save in parts.items():
-            with replacing(self._part(step, kind)) as partial, partial.open("wb") as file:
-                save(file)
+            path = self._part(step, kind)
+            with replacing(path) as partial:
+                with partial.open("wb") as file:
+                    save(file)
+                self.digests[path.name] = hashlib.sha256(partial.read_bytes()).hexdigest()
+
+    def damaged(self, digests: Mapping[str, str]) -> str:
+        """Return the name of a part that is missing or not what it was, empty where all are whole."""
+        for name, digest in digests.items():
+            path = self.folder / name
+            if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+                return name
+        return ""
 
     def usage(self, steps: Sequence[int]) -> pl.DataFrame:
         """The usage table of these evaluations; empty where a model has no trees."""

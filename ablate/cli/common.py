@@ -11,7 +11,9 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import typer
 
 import ablate
-from ablate.config import NAME, ConfigError, echo, load_study, one_line
+from ablate.config import NAME, ConfigError, echo, load_study, mask_output, masked, one_line
+from ablate.files import described, machine_fault
+from ablate.study.stopping import Stopped, stopping
 
 app = typer.Typer(
     name="ablate",
@@ -69,18 +71,51 @@ def _start(
 
 
 def main() -> NoReturn:
-    """Entry point: a ConfigError is one line on stderr and exit code 2."""
+    """Entry point: what a user can mend is one line on stderr and exit code 2, what the machine cannot do exit code 1.
+
+    SIGINT and SIGTERM end every command in seconds, with one line and exit code 128 + their number.
+    """
     if sys.platform == "win32":
         print("ablate: Windows is not supported: use WSL 2, which is Linux", file=sys.stderr)
         sys.exit(2)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "true")
+    mask_output()
+    code = 0
     try:
-        app()
+        with stopping():
+            app()
     except ConfigError as error:
-        print(f"ablate: {one_line(str(error))}", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(0)
+        code = _say(str(error), 2)
+    except Stopped as stop:
+        code = _say(f"{stop}; what was finished is kept, call the command again and it goes on", 128 + stop.number)
+    except BrokenPipeError:  # `| head` has seen enough
+        code = _silent(141)
+    except (OSError, MemoryError) as error:
+        if not machine_fault(error):
+            raise
+        code = _say(f"this machine could not go on: {described(error)}", 1)
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = _silent(141)
+    except OSError as error:
+        code = _silent(_say(f"the output could not be written: {described(error)}", 1))
+    sys.exit(code)
+
+
+def _say(message: str, code: int) -> int:
+    """Print a message as one line; returns the exit code."""
+    print(f"ablate: {one_line(masked(message))}", file=sys.stderr)
+    return code
+
+
+def _silent(code: int) -> int:
+    """Drop what cannot be written to stdout, or Python would complain about it at its end; returns the exit code."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
 
 
 def example(command: str) -> Callable[[C], C]:

@@ -117,7 +117,8 @@ def inspect(
     from ablate.training.runs import find_usage
 
     table = find_usage(run, ROOT)
-    frame, title = inspection.load(table), f"{table.parent.name} {table.name.partition('.')[0]}"
+    frame = inspection.load(table)
+    title = f"{table.parent.name} {table.name.partition('.')[0]}"
     if html is not None:
         write_text(html, inspection.page(frame, title))
         print(html)

@@ -7,6 +7,7 @@ import gc
 import json
 import multiprocessing
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -28,6 +29,7 @@ from ablate.cli.common import (
 from ablate.cli.waiting import Steps, busy
 from ablate.config import ConfigError, load_study
 from ablate.files import write_text
+from ablate.training.lifeline import die_with
 
 if TYPE_CHECKING:
     pass
@@ -137,10 +139,9 @@ def figures(
     if not chosen:
         raise ConfigError("no study is published in 'reports': `ablate publish NAME` does it")
     slowest_first = sorted(chosen, key=lambda name: -published.size(name, ROOT))
-    # Matplotlib makes small objects by the million; looking for dead ones less often saves a tenth of the time.
     workers = min(len(chosen), os.cpu_count() or 1)
     drawing = busy(f"drawing {len(chosen)} reports", quiet=as_json)
-    with drawing, multiprocessing.get_context("spawn").Pool(workers, gc.set_threshold, (200_000,)) as pool:
+    with drawing, multiprocessing.get_context("spawn").Pool(workers, _drawing, (os.getpid(),)) as pool:
         redrawn = pool.starmap(published.redraw, [(name, ROOT) for name in slowest_first], chunksize=1)
     found = dict(sorted(zip(slowest_first, redrawn, strict=True)))
     if as_json:
@@ -149,6 +150,14 @@ def figures(
         for name, changed in found.items():
             print(f"{name}: {'differs: ' + ', '.join(changed) if changed else 'the same data'}")
     raise typer.Exit(1 if any(found.values()) else 0)
+
+
+def _drawing(parent: int) -> None:
+    """Begin a process that draws: it ends with its parent, to whom Ctrl-C is left."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with(parent)
+    # Matplotlib makes small objects by the million; looking for dead ones less often saves a tenth of the time.
+    gc.set_threshold(200_000)
 
 
 @app.command()

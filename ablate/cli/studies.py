@@ -76,6 +76,8 @@ def study_run(
         print(json.dumps(dataclasses.asdict(outcome)))
     else:
         print(f"{outcome.done} of {outcome.total} trials done. {outcome.message}".rstrip())
+    if outcome.signal is not None:
+        say("ablate: stopped; results and checkpoints are kept, run the study again and it goes on")
     for failure in outcome.failed:
         print(f"ablate: failed: {failure}", file=sys.stderr)
     raise typer.Exit(outcome.exit_code)
@@ -90,7 +92,8 @@ def _run(
 ) -> Outcome:
     """Run a study with local workers, or on Ray with an address, cores and GPUs a trial."""
     with busy("starting"):  # imports take seconds
-        from ablate.study.runner import Engine, run_study
+        from ablate.study.runner import run_study
+        from ablate.study.session import Engine
         from ablate.tracking.store import default_uri
         from ablate.tracking.tracker import MlflowTracker
 

@@ -1,6 +1,7 @@
 """Settings of a trial and of a study, checked before anything is trained or overwritten."""
 
 from ablate.config.errors import ConfigError, echo, one_line, reason
+from ablate.config.masking import mask_output, masked
 from ablate.config.presets import PRESETS, Preset
 from ablate.config.reading import load_study
 from ablate.config.search import Finalists, Sampler
@@ -38,6 +39,8 @@ __all__ = [
     "echo",
     "integer_field",
     "load_study",
+    "mask_output",
+    "masked",
     "one_line",
     "parse",
     "reason",

@@ -5,9 +5,14 @@ from __future__ import annotations
 import reprlib
 from typing import Any
 
+from ablate.config.masking import masked
+
 
 class ConfigError(ValueError):
     """A setting that cannot be used; its message is one line that names the key, echoes the value, says what is allowed."""
+
+    def __str__(self) -> str:
+        return masked(super().__str__())
 
 
 def echo(value: Any) -> str:

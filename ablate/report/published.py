@@ -9,14 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import polars as pl
 
 from ablate.analysis.frames import canonical, load
 from ablate.config import ConfigError
-from ablate.files import replacing_folder, write_text
+from ablate.files import replacing_folder, stale_folders, working_folder, write_text
 from ablate.report import trim
 from ablate.report.build import DATA, build, current_findings
 from ablate.report.context import Context
@@ -44,15 +45,23 @@ def publish(name: str, root: Path) -> Path:
             raise ConfigError(f"{str(path)!r} does not exist: run `ablate study run` and `ablate collect {name}` first")
     loaded = load(name, root)
     usage = trim.usage(Context(loaded, current_findings(name, root, loaded.digests)))
-    kept = Layout(root, name).published / DATA
-    with replacing_folder(kept) as folder:
-        shutil.copyfile(root / "studies" / f"{name}.yaml", folder / "study.yaml")
+    report = Layout(root, name).published
+    with _place(root) as place:
+        kept = place / "kept" / DATA
+        kept.mkdir(parents=True)
+        shutil.copyfile(root / "studies" / f"{name}.yaml", kept / "study.yaml")
         for path in (plan, *sorted(tables.glob("*.parquet"))):
-            shutil.copyfile(path, folder / path.name)
+            shutil.copyfile(path, kept / path.name)
         if usage is not None:
-            usage.write_parquet(folder / USAGE, compression_level=COMPRESSION)
-    redraw(name, root)
-    return kept
+            usage.write_parquet(kept / USAGE, compression_level=COMPRESSION)
+        _link(_stage(kept.parent, name, place))
+        made = _drawn(name, place)
+        # All of it could be drawn: only now the old report goes.
+        with replacing_folder(report / DATA) as folder:
+            for path in sorted(kept.iterdir()):
+                path.replace(folder / path.name)
+        _replace(made, report)
+    return report / DATA
 
 
 def published(root: Path) -> list[str]:
@@ -74,19 +83,11 @@ def redraw(name: str, root: Path) -> list[str]:
     """
     report = Layout(root, name).published
     before = _known(report)
-    with tempfile.TemporaryDirectory(prefix=".redraw-", dir=root / "reports") as folder:
-        place = Path(folder)
+    with _place(root) as place:
         staged(name, root, place)
-        made = build(name, place)
-        drawn = {str(p.relative_to(made)): _hash(p) for pattern in COMPARED for p in sorted(made.glob(pattern))}
-        write_text(made / CHECKSUMS, canonical(drawn))
+        made = _drawn(name, place)
         after = _known(made)
-        for part in DRAWN:
-            old = report / part
-            if old.is_dir():
-                shutil.rmtree(old)
-            if (made / part).exists():
-                (made / part).replace(old)
+        _replace(made, report)
     return sorted(n for n in before.keys() | after.keys() if before.get(n) != after.get(n))
 
 
@@ -100,9 +101,43 @@ def staged(name: str, root: Path, place: Path) -> None:
     if not (report / DATA / "study.yaml").exists():
         known = ", ".join(published(root)) or "none"
         raise ConfigError(f"study {name!r} is not published: {known} is; `ablate publish {name}` does it")
-    for path, target in _stage(report, name, place):
+    _link(_stage(report, name, place))
+
+
+@contextmanager
+def _place(root: Path) -> Iterator[Path]:
+    """Give a folder among the reports to draw in; those that killed processes left are deleted."""
+    for stale in stale_folders(root / "reports"):
+        shutil.rmtree(stale, ignore_errors=True)
+    place = working_folder(root / "reports", "redraw")
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _link(links: list[tuple[Path, Path]]) -> None:
+    for path, target in links:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.symlink_to(path.resolve())
+
+
+def _drawn(name: str, place: Path) -> Path:
+    """Draw a report in a place of its own, where its data are; returns its folder."""
+    made = build(name, place)
+    drawn = {str(p.relative_to(made)): _hash(p) for pattern in COMPARED for p in sorted(made.glob(pattern))}
+    write_text(made / CHECKSUMS, canonical(drawn))
+    return made
+
+
+def _replace(made: Path, report: Path) -> None:
+    """Put everything that was drawn where it belongs."""
+    for part in DRAWN:
+        old = report / part
+        if old.is_dir():
+            shutil.rmtree(old)
+        if (made / part).exists():
+            (made / part).replace(old)
 
 
 def _stage(report: Path, name: str, place: Path) -> list[tuple[Path, Path]]:

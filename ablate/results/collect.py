@@ -32,14 +32,14 @@ from ablate.results.columns import (
     TRIALS_SCHEMA,
     USAGE_TABLE_SCHEMA,
 )
+from ablate.results.intact import problems
 from ablate.results.layout import Layout
 from ablate.results.plan_file import load_plan
 from ablate.results.rates import rate_table
-from ablate.results.record import Record
+from ablate.results.record import read_record
 from ablate.results.windows import window_table
 
 _ROUTING = {name + end for name in ROUTING for end in ("", "_worst")}
-REQUIRED = {name for name, field in Record.model_fields.items() if field.is_required()}
 REQUIRED_PRUNE = {"threshold", "units_before", "units_after", "bpb_before", "bpb_after", "controls"}
 ROW_GROUP = 1_000_000
 
@@ -63,13 +63,17 @@ def collect(study: str, root: Path) -> Path:
         raise ConfigError(
             f"study {study!r} has no finished trial yet: run `ablate study run studies/{study}.yaml` first"
         )
+    for damaged in problems(layout, order).values():
+        raise ConfigError(
+            f"{damaged.what} {str(damaged.path)!r}: `ablate doctor --fix` sets it aside, and the study's next run trains it again"
+        )
     keys = list(dict.fromkeys(key for known in order.values() for key in known["factors"]))
     trials: list[dict[str, Any]] = []
     history: list[dict[str, Any]] = []
     pruned: list[dict[str, Any]] = []
     prunes = layout.prunes()
     for name, known in order.items():
-        record = read(layout.record(name))
+        record = read_record(layout.record(name))
         place = {"study": study, "trial": name, **{key: known[key] for key in ("arm", "kind", "seed")}}
         trials.append(
             place | trial_row(record) | _tuned(plan, known) | {FACTOR + k: known["factors"].get(k) for k in keys}
@@ -98,18 +102,13 @@ def collect(study: str, root: Path) -> Path:
     return layout.tables
 
 
-def read(path: Path) -> dict[str, Any]:
-    """One record as plain data (quicker than `load_record`, for thousands); raises ConfigError for a damaged one."""
-    return _read(path, REQUIRED, "run the study again")
-
-
-def _read(path: Path, required: set[str], remedy: str) -> dict[str, Any]:
+def _prune_report(path: Path) -> dict[str, Any]:
     try:
         data = from_json(path.read_bytes())
     except ValueError:
         data = None
-    if not isinstance(data, dict) or not data.keys() >= required:
-        raise ConfigError(f"result {str(path)!r} is damaged: delete it and {remedy}")
+    if not isinstance(data, dict) or not data.keys() >= REQUIRED_PRUNE:
+        raise ConfigError(f"result {str(path)!r} is damaged: delete it and run `ablate prune` again")
     return data
 
 
@@ -169,7 +168,7 @@ def routing_rows(trees: Path) -> pl.DataFrame:
 def prune_rows(files: Iterable[Path]) -> list[dict[str, Any]]:
     """What pruning one trial showed, as rows of PRUNE_SCHEMA apart from its place; thresholds ascending."""
     rows = []
-    reports = [_read(path, REQUIRED_PRUNE, "run `ablate prune` again") for path in files]
+    reports = [_prune_report(path) for path in files]
     for report in sorted(reports, key=lambda r: float(r["threshold"])):
         before, controls = report["bpb_before"], report["controls"]
         results = {
@@ -198,7 +197,7 @@ def _order(layout: Layout, plan: dict[str, Any]) -> dict[str, dict[str, Any]]:
         return {t["trial"]: t for t in plan["trials"] if t["trial"] in done}
     order = {}
     for name in sorted(done):
-        record = read(layout.record(name))
+        record = read_record(layout.record(name))
         if record["space"] == plan["space"]:
             order[name] = {key: record[key] for key in ("arm", "kind", "seed", "factors")}
     return order

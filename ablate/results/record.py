@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import polars as pl
 from pydantic import Field, ValidationError
+from pydantic_core import from_json
 
 from ablate.balance import metrics, usage
 from ablate.config import ConfigError, Scalar
 from ablate.files import replacing, write_text
-from ablate.results.layout import Layout
+from ablate.results.layout import MODEL, Layout
+from ablate.results.seal import Broken, digest_of, sealed, unsealed
 from ablate.training.result import TrialResult
 
 if TYPE_CHECKING:  # it needs torch, which those who only read results do without
@@ -39,15 +41,25 @@ class Record(TrialResult):
     counts of dead leaves at the first and the last evaluation; empty without a tree."""
     trees: dict[str, float] = Field(default_factory=dict)
     """Last evaluation's columns of balance.usage.TREES_SCHEMA, mean over layers and trees; empty without a tree."""
+    digests: dict[str, str] = Field(default_factory=dict)
+    """SHA-256 of each table beside the record and of kept weights, by name; empty in records of earlier versions."""
+
+
+_REQUIRED = {name for name, field in Record.model_fields.items() if field.is_required()}
 
 
 def save_record(layout: Layout, record: Record, folder: Path) -> None:
-    """Make a trial done: the tables in its folder first, then its record, each in one step."""
+    """Make a trial done: the tables in its folder first, then its record with their digests, each in one step."""
+    digests = dict(record.digests)
     for made, kept in layout.side_tables(record.trial).items():
         if (folder / made).exists():
             with replacing(kept) as partial:
                 shutil.copyfile(folder / made, partial)
-    write_text(layout.record(record.trial), record.model_dump_json(indent=1) + "\n")
+                digests[made] = digest_of(partial)
+    if (folder / MODEL).exists():
+        digests[MODEL] = digest_of(folder / MODEL)
+    record = record.model_copy(update={"digests": digests})
+    write_text(layout.record(record.trial), sealed(record.model_dump_json(indent=1)))
 
 
 def save_prune(root: Path, trial: str, report: PruneReport) -> list[Path]:
@@ -60,13 +72,66 @@ def save_prune(root: Path, trial: str, report: PruneReport) -> list[Path]:
 
 
 def load_record(path: Path) -> Record:
-    """Read a record; raises ConfigError for one that is damaged."""
+    """Read a record; raises ConfigError for one that is damaged or another trial's."""
+    content, _ = _content(path)
+    return _validated(path, content)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Read a record as plain data, much quicker than `load_record` where it has a seal.
+
+    Raises:
+        ConfigError: it is damaged, or another trial's.
+    """
+    content, had_seal = _content(path)
     try:
-        return Record.model_validate_json(path.read_bytes())
+        data: Any = from_json(content)
+    except ValueError:
+        raise _damaged(path, "it is not JSON") from None
+    if not had_seal and (why := _missing(data)):  # of a version before seals
+        raise _damaged(path, why)
+    if data["trial"] != path.stem:
+        raise _damaged(path, f"it is trial {data['trial']}'s")
+    return dict(data)
+
+
+def _missing(data: Any) -> str:
+    """Return what a record lacks, empty where nothing."""
+    if not isinstance(data, dict) or not data.keys() >= _REQUIRED:
+        return "it is no whole record"
+    history = data["history"]
+    if not isinstance(history, list) or not history:
+        return "its history is empty"
+    for evaluation in history:
+        if not isinstance(evaluation, dict) or not isinstance(evaluation.get("bpb", ""), float | int | None):
+            return "its history is wrong"
+    return ""
+
+
+def _content(path: Path) -> tuple[bytes, bool]:
+    try:
+        return unsealed(path.read_bytes())
+    except Broken as error:
+        raise _damaged(path, str(error)) from None
+
+
+def _validated(path: Path, content: bytes) -> Record:
+    try:
+        record = Record.model_validate_json(content)
     except ValidationError as error:
-        raise ConfigError(
-            f"result {str(path)!r} is damaged ({error.errors()[0]['msg']}): delete it and run the study again"
-        ) from None
+        raise _damaged(path, error.errors()[0]["msg"]) from None
+    if not record.history:
+        raise _damaged(path, "its history is empty")
+    if record.trial != path.stem:
+        raise _damaged(path, f"it is trial {record.trial}'s")
+    return record
+
+
+def _damaged(path: Path, why: str) -> ConfigError:
+    return ConfigError(
+        f"result {str(path)!r} is damaged ({why}): `ablate doctor --fix` sets it aside, and the study's next run trains "
+        f"it again"
+    )
 
 
 def leaf_deaths(table: Path) -> dict[str, float]:

@@ -14,11 +14,12 @@ from typing import Protocol
 import optuna
 from optuna.exceptions import StorageInternalError
 
-from ablate.config import ConfigError
+from ablate.config import ConfigError, masked
+from ablate.files import described, machine_fault
 from ablate.results.layout import TREES, USAGE
 from ablate.results.record import Record, leaf_deaths, load_record, save_record, tree_means
 from ablate.study.designs import PlannedTrial
-from ablate.study.job import Event, EventKind, Job, Report, disk_full
+from ablate.study.job import Event, EventKind, Job, Report
 from ablate.study.queue import objective_values
 from ablate.study.tracker import TrialTracker
 from ablate.training.result import Evaluation, TrialResult
@@ -108,12 +109,16 @@ class Attempt:
             self._failed(tracked, str(error), retry=False)
         except Exception as error:
             # The boundary of one trial: whatever went wrong inside it must not end the study.
-            if disk_full(error):
-                self._stop_for(tracked, f"no space left on the device: {error}")
+            if machine_fault(error) or isinstance(error, StorageInternalError):
+                self._stop_for(tracked, f"this machine could not go on: {masked(described(error))}")
                 return Ended(None, goes_on=False)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
-            self._failed(tracked, f"{type(error).__name__}: {error}", retry=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                (self.folder / "error.txt").write_text(masked(traceback.format_exc()), encoding="utf-8")
+            except OSError as full:
+                self._stop_for(tracked, f"this machine could not go on: {described(full)}")
+                return Ended(None, goes_on=False)
+            self._failed(tracked, masked(f"{type(error).__name__}: {error}"), retry=True)
         return Ended(None)
 
     def _train(self, tracked: TrialTracker | None) -> TrialResult:
@@ -169,7 +174,7 @@ class Attempt:
         self._tell("retried" if again else "failed", message=message)
 
     def _stop_for(self, tracked: TrialTracker | None, message: str) -> None:
-        """The machine cannot go on: leave the trial for the next run of the study, as far as the full disk lets us."""
+        """The machine cannot go on: leave the trial for the next run of the study, as far as the machine lets us."""
         # What cannot be written, the next run sees for itself: a trial that is RUNNING without a worker.
         with suppress(OSError, StorageInternalError):
             self.settle.fail(message, retry=True, fresh=True)

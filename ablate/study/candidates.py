@@ -6,7 +6,7 @@ made twice. Everything can be rebuilt from the records of the runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from ablate.config import ConfigError, Scalar
+from ablate.results.index import Finished
 from ablate.results.layout import Layout
 from ablate.results.plan_file import load_plan
 from ablate.results.record import Record, load_record
@@ -44,8 +45,8 @@ class Entrant:
 class Candidates(Queue):
     """The candidates of one search."""
 
-    def __init__(self, plan: Plan, storage: RDBStorage, layout: Layout) -> None:
-        super().__init__(plan, storage)
+    def __init__(self, plan: Plan, storage: RDBStorage, layout: Layout, checkout: str | None = None) -> None:
+        super().__init__(plan, storage, checkout)
         self.layout = layout
         self.space = Space(plan.study)
         self.board = Scoreboard(plan, layout)
@@ -90,7 +91,7 @@ class Candidates(Queue):
                 return [t for t in waiting if not t.user_attrs.get(OUT)]
         return waiting
 
-    def known(self) -> dict[str, dict[int, tuple[float, ...]]]:
+    def known(self, finished: Iterable[Finished]) -> dict[str, dict[int, tuple[float, ...]]]:
         """Return the objectives' values of finished racing runs, by candidate and seed."""
         self.board.refresh()
         found: dict[str, dict[int, tuple[float, ...]]] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -11,15 +12,18 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 from optuna.exceptions import StorageInternalError
 
+from ablate.config import mask_output, masked
+from ablate.files import described, machine_fault
 from ablate.study.job import Event, Job
 from ablate.study.worker import work
-from ablate.training.lifeline import die_with
+from ablate.training.lifeline import guarded
 
 THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
@@ -63,8 +67,9 @@ class LocalEngine:
             receiver, sender = self._context.Pipe(duplex=False)
             log = job.layout.state / "logs" / f"{job.plan.study.name}.worker{slot}.log"
             name = f"{host()}:{os.getpid()}:{self._started}"
+            work = pickle.dumps(partial(_main, job, name, slot, log))
             process = self._context.Process(
-                target=_main, args=(job, name, slot, sender, os.getpid(), log), name=f"ablate-worker-{slot}"
+                target=guarded, args=(os.getpid(), work, sender), name=f"ablate-worker-{slot}"
             )
             with environment(dict.fromkeys(THREAD_VARIABLES, str(job.threads))):
                 process.start()
@@ -151,13 +156,13 @@ def environment(values: dict[str, str]) -> Iterator[None]:
                 os.environ[key] = old
 
 
-def _main(job: Job, name: str, slot: int, pipe: Connection, parent: int, log: Path) -> None:
+def _main(job: Job, name: str, slot: int, log: Path, pipe: Connection) -> None:
     """A worker process from its start to its end."""
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # A terminal's Ctrl-C reaches everybody; the parent passes it on.
-    die_with(parent)
     _redirect(log)
+    mask_output()
     _own_gpu(slot, job.plan.study.trial({}).train.devices)
 
     def report(event: Event) -> None:
@@ -169,12 +174,23 @@ def _main(job: Job, name: str, slot: int, pipe: Connection, parent: int, log: Pa
     try:
         work(job, name, report, stop.is_set)
     except StorageInternalError as error:
-        report(Event(worker=name, kind="lost", message=f"Optuna's database did not answer: {first_line(error)}"))
-        raise
+        report(
+            Event(worker=name, kind="lost", message=f"Optuna's database did not answer: {masked(first_line(error))}")
+        )
+        _end(error)
     except Exception as error:
         # No trial was running: what broke here breaks in every worker, so that the study stops at the first.
-        report(Event(worker=name, kind="fatal", message=f"{where(error)}: {type(error).__name__}: {first_line(error)}"))
-        raise
+        words = f"{where(error)}: {type(error).__name__}: {first_line(error)}"
+        if machine_fault(error):
+            words = f"this machine could not go on: {described(error)}"
+        report(Event(worker=name, kind="fatal", message=masked(words)))
+        _end(error)
+
+
+def _end(error: Exception) -> None:
+    """Write a traceback to the worker's log and end it with code 1."""
+    print(masked("".join(traceback.format_exception(error))), file=sys.stderr)
+    sys.exit(1)
 
 
 def _redirect(log: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,14 +65,3 @@ class Event:
 
 
 Report = Callable[[Event], None]
-
-
-def disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that it was raised from, says that the disk is full."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if isinstance(error, sqlite3.OperationalError) and "disk is full" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

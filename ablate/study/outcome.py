@@ -8,7 +8,9 @@ from pathlib import Path
 
 from ablate.config import Study, digest
 from ablate.files import write_text
+from ablate.results.intact import problems
 from ablate.results.layout import Layout
+from ablate.results.plan_file import load_plan
 
 
 @dataclass(slots=True)
@@ -50,6 +52,7 @@ def remember(study: Study, root: Path, places: list[str | None], outcome: Outcom
             "done": outcome.done,
             "total": outcome.total,
         }
+        problems(layout, layout.done())  # notes that they are whole, for the next call
         write_text(layout.finished, json.dumps(note, indent=1) + "\n")
 
 
@@ -57,13 +60,13 @@ def finished(study: Study, root: Path, places: list[str | None]) -> Outcome | No
     """Return how a study ended where all that it consists of is as it was then; None where it must be looked at closely.
 
     Raises:
-        ConfigError: the source of the corpus is missing.
+        ConfigError: the source of the corpus is missing, or the plan is damaged.
     """
     layout = Layout(root, study.name)
     try:
         note = json.loads(layout.finished.read_text(encoding="utf-8"))
-        complete = set(note["trials"]) <= layout.done() and layout.plan.exists()
-        if complete and note["state"] == _state(study, root, places):
+        complete = set(note["trials"]) <= layout.done() and load_plan(layout) is not None
+        if complete and note["state"] == _state(study, root, places) and not problems(layout, note["trials"]):
             return Outcome(note["done"], note["total"])
     except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
         pass  # never finished, or damaged: looked at closely

@@ -6,8 +6,9 @@ A trial's result file is the truth; the queue only decides who runs what next, a
 from __future__ import annotations
 
 import threading
+import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -20,11 +21,17 @@ from optuna.trial import FrozenTrial, TrialState
 from ablate.config import ConfigError, Study
 from ablate.config.endpoints import Direction
 from ablate.config.tune import HIGHEST
+from ablate.results.index import Finished
 from ablate.results.record import Record
+from ablate.study.checkout import OWNER, study_name
 from ablate.study.designs import Plan, PlannedTrial
 from ablate.study.storage import GRACE_SECONDS, HEARTBEAT_SECONDS, MAX_RETRIES
 
 RATE, LOWEST = "train.lr", 1e-12
+AHEAD = 256
+"""Trials that wait in line for the workers at most, beside those that a former run of the study put in."""
+FILL_SECONDS = 0.5
+"""How long the parent puts trials in before it looks at its workers."""
 HASH, ARM, SEED, KIND, WORKER, ERROR, RUN = "trial", "arm", "seed", "kind", "worker", "error", "mlflow_run"
 
 
@@ -45,10 +52,10 @@ class Claim:
 class Queue:
     """One study's planned trials in the storage."""
 
-    def __init__(self, plan: Plan, storage: RDBStorage) -> None:
-        self.plan, self.storage = plan, storage
+    def __init__(self, plan: Plan, storage: RDBStorage, checkout: str | None = None) -> None:
+        self.plan, self.storage, self.checkout = plan, storage, checkout
         self.study = optuna.create_study(
-            study_name=plan.storage_name,
+            study_name=study_name(storage, plan.storage_name, checkout) if checkout else plan.storage_name,
             storage=storage,
             directions=directions(plan.study),
             sampler=optuna.samplers.RandomSampler(seed=0),  # Never asked: levels are set when a trial is put in.
@@ -56,6 +63,8 @@ class Queue:
             load_if_exists=True,
         )
         self._waiting: list[int] = []
+        self._missing: list[PlannedTrial] = []
+        self._put = 0
 
     def describe(self) -> None:
         """Write what a reader of Optuna's own tools wants to know onto the study; called by the one parent process."""
@@ -73,6 +82,8 @@ class Queue:
             "command": f"ablate study run studies/{study.name}.yaml",
             "report": f"out/{study.name}/index.html",
         }
+        if self.checkout:
+            about[OWNER] = self.checkout
         known = self.study.user_attrs
         for key, value in about.items():
             if known.get(key) != value:
@@ -90,7 +101,7 @@ class Queue:
         planned = {t.hash: t for t in self.plan.trials}
         waiting: set[str] = set()
         self.rescue_stale()
-        for frozen in self.study.get_trials(deepcopy=False):
+        for frozen in self._in((TrialState.RUNNING, TrialState.WAITING)):
             name = frozen.user_attrs.get(HASH)
             if frozen.state == TrialState.RUNNING:
                 self._refuse_if_alive(frozen, host)
@@ -105,11 +116,27 @@ class Queue:
                     self._fail(frozen._trial_id, "no longer in the plan")
                 else:
                     waiting.add(name)
-        for name, trial in planned.items():
-            if name not in done and name not in waiting:
-                self._enqueue(trial)
-                waiting.add(name)
-        return len(waiting)
+        self._missing = [t for name, t in reversed(planned.items()) if name not in done and name not in waiting]
+        self._put = len(waiting)
+        if self.plan.study.tune is None:
+            self.fill(0)
+        while self.plan.study.tune and self._missing:
+            # Workers add what results ask for to what is in line, so that all of it has to be there.
+            self._enqueue(self._missing.pop())
+        return self.demand()
+
+    def fill(self, started: int) -> None:
+        """Put in trials of the plan that are in nobody's line yet, for a moment; called by the parent while workers run.
+
+        Ten thousand trials take minutes to put in, so that workers start when the first are there.
+
+        Args:
+            started: trials that workers have begun since `reconcile`; not many more than that are put in ahead of them.
+        """
+        end = time.monotonic() + FILL_SECONDS
+        while self._missing and self._put < started + AHEAD and time.monotonic() < end:
+            self._enqueue(self._missing.pop())
+            self._put += 1
 
     def add(self, plan: Plan) -> int:
         """Put in line the trials of a grown plan that the storage has never seen; returns how many they are."""
@@ -147,26 +174,32 @@ class Queue:
 
     def demand(self) -> int:
         """Return how many more workers could start a trial now."""
-        return len(self.open_trials())
+        return len(self.open_trials()) + len(self._missing)
 
     def open_trials(self) -> list[FrozenTrial]:
         """Return the trials that a worker may claim."""
-        return self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        return self._in((TrialState.WAITING,))
 
-    def known(self) -> dict[str, dict[int, tuple[float, ...]]]:
-        """Return the objectives' values of finished trials, by arm and seed."""
+    def known(self, finished: Iterable[Finished]) -> dict[str, dict[int, tuple[float, ...]]]:
+        """Return the objectives' values of finished trials of the plan, by arm and seed."""
+        planned = {t.hash for t in self.plan.trials}
         found: dict[str, dict[int, tuple[float, ...]]] = {}
-        for frozen in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-            if SEED in frozen.user_attrs:
-                found.setdefault(str(frozen.user_attrs[ARM]), {})[int(frozen.user_attrs[SEED])] = tuple(frozen.values)
+        for one in finished:
+            values = [one.values.get(name) for name in self.plan.study.objectives]
+            known = tuple(value for value in values if value is not None)
+            if one.trial in planned and one.status == "finished" and len(known) == len(values):
+                found.setdefault(one.arm, {})[one.seed] = known
         return found
 
-    def rescue(self, worker: str) -> list[tuple[str, bool]]:
-        """Free the trials of a worker that is known to be dead; returns each name and whether it waits again."""
+    def rescue(self, worker: str, *, fresh: bool = False) -> list[tuple[str, bool]]:
+        """Free the trials of a worker that is known to be dead; returns each name and whether it waits again.
+
+        With `fresh`, the worker was ended on purpose, which is no fault of its trial's.
+        """
         freed = []
-        for frozen in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        for frozen in self._in((TrialState.RUNNING,)):
             if frozen.user_attrs.get(WORKER) == worker:
-                again = self._fail(frozen._trial_id, f"worker {worker} died", retry=True)
+                again = self._fail(frozen._trial_id, f"worker {worker} died", retry=True, fresh=fresh)
                 freed.append((str(frozen.user_attrs.get(HASH) or frozen.user_attrs.get(ARM)), again))
         return freed
 
@@ -178,7 +211,7 @@ class Queue:
 
     def running(self) -> int:
         """Return how many trials some worker runs now."""
-        return len(self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
+        return len(self._in((TrialState.RUNNING,)))
 
     @contextmanager
     def heartbeat(self, claim: Claim) -> Iterator[None]:
@@ -200,6 +233,10 @@ class Queue:
         finally:
             stop.set()
             thread.join()
+
+    def _in(self, states: tuple[TrialState, ...]) -> list[FrozenTrial]:
+        """Return the trials in some states, straight from the storage: Optuna's study would load all, for seconds."""
+        return self.storage.get_all_trials(self.study._study_id, deepcopy=False, states=states)
 
     def _claimed(self, number: int, worker: str) -> Claim:
         trial = optuna.Trial(self.study, number)

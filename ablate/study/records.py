@@ -9,6 +9,7 @@ from ablate.config import ConfigError, digest
 from ablate.files import write_text
 from ablate.results.layout import Layout
 from ablate.results.plan_file import load_plan
+from ablate.results.seal import sealed
 from ablate.study.designs import Plan
 
 
@@ -63,6 +64,6 @@ def save_plan(
             f"plan hash is {plan.hash}: study {plan.study.name!r} was fixed as {old.get('hash')} before its first "
             f"trial, and a confirm plan may not change; restore the file or start a study with another name"
         )
-    text = json.dumps(plan_document(plan, tuned, search), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    text = sealed(json.dumps(plan_document(plan, tuned, search), indent=1, ensure_ascii=False, allow_nan=False))
     if not layout.plan.exists() or layout.plan.read_text(encoding="utf-8") != text:
         write_text(layout.plan, text)

@@ -3,40 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel
-from typing_extensions import TypedDict
 
-from ablate.config import ConfigError
-from ablate.config.endpoints import ENDPOINTS
+from ablate.config import ConfigError, masked
+from ablate.results.index import Finished, index
 from ablate.results.layout import Layout
 from ablate.results.plan_file import load_plan
-from ablate.results.record import load_record
-from ablate.study.address import default_storage, shown
+from ablate.study.address import DATABASES, check_address, connect_arguments, default_storage, refusals, sqlite_path
 from ablate.study.leaders import Leader, leaders
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """One line of the index: what `status` shows of a finished trial."""
-
-    trial: str
-    arm: str
-    seed: int
-    status: str
-    kind: str
-    space: str
-    values: dict[str, float]
-    """What it reached, by endpoint; empty where it diverged."""
-    seconds: float
-    at: float
-    """When its result was written, seconds since the epoch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,20 +68,21 @@ class StudyStatus:
 
 def status(name: str, root: Path, storage: str | None = None) -> StudyStatus:
     """Return the study's state. Raises ConfigError where it was never started."""
+    storage = storage or default_storage(root)
+    check_address("storage", storage, DATABASES)
     layout = Layout(root, name)
     plan = load_plan(layout)
     if plan is None:
         raise ConfigError(f"study {name!r} was never started: run `ablate study run studies/{name}.yaml`")
     planned = {t["trial"] for t in plan["trials"]}
     search = plan["design"] == "search"
-    finished = [f for f in _index(layout) if (f.space == plan["space"] if search else f.trial in planned)]
+    finished = [f for f in index(layout) if (f.space == plan["space"] if search else f.trial in planned)]
     by_status: dict[str, int] = {}
     for one in finished:
         by_status[one.status] = by_status.get(one.status, 0) + 1
     tuning = _tuning(plan, finished)
     total = (plan["search"]["budget"]["trials"] or 0) if search else _total(plan, tuning)
     running = is_live(layout)
-    storage = storage or default_storage(root)
     study = f"{name}-{plan['space']}"
     return StudyStatus(
         study=name,
@@ -115,7 +95,7 @@ def status(name: str, root: Path, storage: str | None = None) -> StudyStatus:
         best=_best(plan["objectives"], finished),
         tuning=tuning,
         candidates=len({f.arm for f in finished if f.kind == "search"}) if search else None,
-        storage=f"{shown(storage)}, study {study}",
+        storage=f"{masked(storage)}, study {study}",
         # Where every planned trial has its result there is nothing to ask the database for.
         failures=_failures(study, storage, {f.trial for f in finished}) if search or len(finished) < total else [],
     )
@@ -155,70 +135,6 @@ def _best(objectives: list[str], finished: list[Finished]) -> list[Leader]:
     return leaders(objectives, values)
 
 
-# Only the endpoints' keys: a record has hundreds more, which are skipped where they are read.
-if TYPE_CHECKING:
-    _Balance = dict[str, float]
-else:
-    _Balance = TypedDict("_Balance", {e.name: float for e in ENDPOINTS.values() if e.part == "balance"}, total=False)
-
-
-class _Scored(BaseModel):
-    bpb: float | None
-    balance: _Balance = {}
-
-
-class _Shown(BaseModel):
-    """What an index keeps of a record; the rest, nearly all of it, is skipped where it is read and never becomes objects."""
-
-    arm: str
-    seed: int
-    status: str
-    kind: str
-    space: str
-    seconds: float
-    history: list[_Scored]
-
-    def values(self) -> dict[str, float]:
-        """Return the last evaluation's endpoints."""
-        known = {name: endpoint.value(self.history[-1]) for name, endpoint in ENDPOINTS.items()}
-        return {name: value for name, value in known.items() if value is not None}
-
-
-def _index(layout: Layout) -> list[Finished]:
-    """Finished trials, oldest first, from a cache beside the databases: a record is parsed once in its life."""
-    cache = layout.state / "index" / f"{layout.study}.jsonl"
-    known: dict[str, Finished] = {}
-    done = layout.done()
-    if cache.exists():
-        for line in cache.read_text(encoding="utf-8").splitlines():
-            try:
-                one = Finished(**json.loads(line))
-            except (json.JSONDecodeError, TypeError):
-                continue  # Cut short by a crash, or of an older version: its record is read again.
-            known[one.trial] = one
-    fresh = []
-    folder = layout.results
-    for name in sorted(done - set(known)):
-        with open(f"{folder}/{name}.json", "rb", buffering=0) as file:  # a Path each would take as long as reading
-            text, at = file.read(), os.fstat(file.fileno()).st_mtime
-        try:
-            record = _Shown.model_validate_json(text)
-            values = record.values()
-        except (ValueError, IndexError):
-            load_record(layout.record(name))  # Says what is wrong with it.
-            raise
-        fresh.append(
-            Finished(
-                name, record.arm, record.seed, record.status, record.kind, record.space, values, record.seconds, at
-            )
-        )
-    if fresh:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with cache.open("a", encoding="utf-8") as lines:
-            lines.writelines(json.dumps({slot: getattr(f, slot) for slot in f.__slots__}) + "\n" for f in fresh)
-    return sorted([f for f in (*known.values(), *fresh) if f.trial in done], key=lambda f: f.at)
-
-
 def _left(finished: list[Finished], total: int) -> float | None:
     recent = finished[-50:]
     if len(recent) < 2 or total <= len(finished):
@@ -242,26 +158,27 @@ def is_live(layout: Layout) -> bool:
 def _failures(study: str, storage: str, done: set[str]) -> list[str]:
     """Errors of failed trials without a result; one query, as loading ten thousand Optuna trials takes seconds."""
     import sqlalchemy  # half of the time that `status` takes to start
-    from optuna.trial import TrialState
-    from sqlalchemy.engine import make_url
 
-    from ablate.study.queue import ERROR
-
-    url = make_url(storage)
-    if url.get_backend_name() == "sqlite" and not Path(url.database or "").exists():
-        return []
     query = sqlalchemy.text(
         "SELECT t.trial_id, a.key, a.value_json FROM trials t JOIN studies s ON s.study_id = t.study_id "
         "JOIN trial_user_attributes a ON a.trial_id = t.trial_id "
         "WHERE s.study_name = :study AND t.state = :state ORDER BY t.trial_id"
     )
-    engine = sqlalchemy.create_engine(storage)
     rows: dict[int, dict[str, object]] = {}
-    try:
-        with engine.connect() as connection:
-            for trial, key, value in connection.execute(query, {"study": study, "state": TrialState.FAIL.name}):
-                rows.setdefault(trial, {})[key] = json.loads(value)
-    finally:
-        engine.dispose()
+    with refusals("storage", storage):
+        from optuna.trial import TrialState
+
+        from ablate.study.queue import ERROR
+
+        file = sqlite_path(storage)
+        if file is not None and not (file.exists() and file.stat().st_size):
+            return []
+        engine = sqlalchemy.create_engine(storage, connect_args={} if file else connect_arguments(storage))
+        try:
+            with engine.connect() as connection:
+                for trial, key, value in connection.execute(query, {"study": study, "state": TrialState.FAIL.name}):
+                    rows.setdefault(trial, {})[key] = json.loads(value)
+        finally:
+            engine.dispose()
     latest = {str(row.get("trial")): row for row in rows.values() if row.get("trial") not in done and ERROR in row}
     return [f"{row.get('arm', 'candidate')}, seed {row.get('seed', '?')}: {row[ERROR]}" for row in latest.values()]

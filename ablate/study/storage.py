@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,21 @@ from typing import Any
 import optuna
 import sqlalchemy
 from filelock import FileLock
-from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, OperationalError
 
-from ablate.config import ConfigError
+from ablate.study.address import (
+    DATABASES,
+    DamagedStore,
+    alone_with,
+    check_address,
+    check_file,
+    connect_arguments,
+    default_storage,
+    refusals,
+    server_lock,
+    set_aside_database,
+    sqlite_path,
+)
 
 HEARTBEAT_SECONDS = 15
 GRACE_SECONDS = 90
@@ -30,21 +38,16 @@ def open_storage(url: str) -> RDBStorage:
     """Connect; SQLite gets a write-ahead log and a long busy timeout.
 
     Raises:
-        ConfigError: the URL is not one, its driver is missing, or no database answers.
+        DamagedStore: the file is damaged, or no database.
+        ConfigError: the URL is not one, its driver is missing, or no usable database answers.
     """
-    try:
-        backend = make_url(url).get_backend_name()
-    except ArgumentError:
-        raise ConfigError(
-            f"storage is {url!r}: a database URL is expected, sqlite:////path or postgresql://…"
-        ) from None
-    arguments: dict[str, Any] = {"pool_pre_ping": True}
-    if backend == "sqlite":
-        arguments = {"connect_args": {"timeout": 60}}
-        file = make_url(url).database
-        if file:
-            Path(file).parent.mkdir(parents=True, exist_ok=True)
-    try:
+    check_address("storage", url, DATABASES)
+    # Two processes that make the tables of a fresh database at once end in one of them failing.
+    with alone_with("storage", url, "optuna tables"), refusals("storage", url):
+        sqlite = sqlite_path(url) is not None
+        arguments: dict[str, Any] = {"connect_args": {"timeout": 60}} if sqlite else {"pool_pre_ping": True}
+        if not sqlite:
+            arguments["connect_args"] = connect_arguments(url)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             storage = RDBStorage(
@@ -54,12 +57,25 @@ def open_storage(url: str) -> RDBStorage:
                 grace_period=GRACE_SECONDS,
                 heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=MAX_RETRIES),
             )
-    except (OperationalError, ImportError, StorageInternalError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"storage {make_url(url).render_as_string()!r} cannot be used: {reason}") from None
-    if backend == "sqlite":
-        tune_sqlite(storage.engine)
-    return storage
+        if sqlite:
+            tune_sqlite(storage.engine)
+        return storage
+
+
+def open_or_rebuild(url: str, root: Path, say: Callable[[str], None]) -> None:
+    """Make a storage ready before a study runs; the project's own database, where damaged, is set aside and made new.
+
+    What was in it follows from plan and results. Raises ConfigError as `open_storage` does.
+    """
+    try:
+        check_file("storage", url)
+        open_storage(url).engine.dispose()
+    except DamagedStore:
+        if url != default_storage(root):
+            raise
+        aside = set_aside_database(url)
+        say(f"Optuna's database was damaged: it is kept as {aside}, and made new from plan and results")
+        open_storage(url).engine.dispose()
 
 
 def tune_sqlite(engine: sqlalchemy.Engine) -> None:
@@ -95,22 +111,10 @@ def exclusive(storage: RDBStorage, name: str, folder: Path) -> Iterator[None]:
         folder: for the lock of a local database; PostgreSQL and MySQL have locks of their own, which end with their
             connection.
     """
-    dialect = storage.engine.dialect.name
-    key: int | str
-    if dialect == "postgresql":
-        take, give = "SELECT pg_advisory_lock(:key)", "SELECT pg_advisory_unlock(:key)"
-        key = zlib.crc32(name.encode())
-    elif dialect in {"mysql", "mariadb"}:
-        take, give = "SELECT GET_LOCK(:key, -1)", "SELECT RELEASE_LOCK(:key)"
-        key = f"ablate {name}"[:64]
-    else:
+    if storage.engine.dialect.name == "sqlite":
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f"{name}.search.lock"):
             yield
         return
-    with storage.engine.connect() as connection:
-        connection.execute(sqlalchemy.text(take), {"key": key})
-        try:
-            yield
-        finally:
-            connection.execute(sqlalchemy.text(give), {"key": key})
+    with server_lock(storage.engine, name):
+        yield

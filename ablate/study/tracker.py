@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,6 +35,11 @@ class TrialTracker(Observer, Protocol):
 
 class Tracker(Protocol):
     """A tracking service, as far as studies know it; pickled into workers. tracking.tracker has the real one."""
+
+    def check(self, layout: Layout, say: Callable[[str], None]) -> None:
+        """Before anything that takes long: make the store ready; `say` shows a line. Raises ConfigError where it cannot be
+        used."""
+        ...
 
     def start_study(self, plan: Plan, layout: Layout, card: dict[str, Any] | None) -> None:
         """Before any worker starts, once: make the store ready, open the study's run, send what an earlier run of the

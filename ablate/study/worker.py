@@ -9,10 +9,10 @@ from ablate.results.record import Record
 from ablate.study.attempt import Attempt, Settle
 from ablate.study.candidates import Candidates, Entrant
 from ablate.study.job import Event, Job, Report
+from ablate.study.phases import queue_of
 from ablate.study.queue import Claim, Queue
 from ablate.study.race import beaten_by
 from ablate.study.rates import go_on
-from ablate.study.storage import open_storage
 
 Stopped = Callable[[], bool]
 # Between two looks of a worker that has nothing to run while learning rates are not settled.
@@ -21,11 +21,11 @@ IDLE_SECONDS = 0.5
 
 def work(job: Job, name: str, report: Report, stopped: Stopped) -> None:
     """Run trials until none is left, `stopped` says so, or the machine cannot go on (a `fatal` event)."""
-    storage = open_storage(job.storage)
-    if job.plan.racing:
-        _race(job, Candidates(job.plan, storage, job.layout), name, report, stopped)
+    queue = queue_of(job)
+    if isinstance(queue, Candidates):
+        _race(job, queue, name, report, stopped)
     else:
-        _run_planned(job, Queue(job.plan, storage), name, report, stopped)
+        _run_planned(job, queue, name, report, stopped)
 
 
 def _run_planned(job: Job, queue: Queue, name: str, report: Report, stopped: Stopped) -> None:

@@ -4,33 +4,44 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from mlflow.entities import Run, ViewType
-from mlflow.exceptions import MlflowException
+from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.engine import make_url
+from sqlalchemy import text
 
 from ablate.config import ConfigError
-from ablate.files import leftovers
+from ablate.files import leftovers, stale_folders
 from ablate.results import layout as files
+from ablate.results.intact import problems, set_aside
 from ablate.results.layout import Layout
 from ablate.results.plan_file import load_plan
-from ablate.results.record import Record, load_record
-from ablate.study.address import default_storage
-from ablate.study.queue import ERROR, HASH
+from ablate.results.record import load_record
+from ablate.study.address import (
+    DATABASES,
+    DamagedStore,
+    check_address,
+    check_file,
+    default_storage,
+    refusals,
+    set_aside_database,
+    sqlite_path,
+)
+from ablate.study.checkout import checkout_id, study_name
+from ablate.study.engines import host
+from ablate.study.queue import ERROR, HASH, WORKER
 from ablate.study.status import is_live
 from ablate.study.storage import open_storage
 from ablate.tracking import tags
-from ablate.tracking.sender import Sender
 from ablate.tracking.spool import Spool, spool_path
-from ablate.tracking.store import default_uri, prepare_store, sqlite_file
+from ablate.tracking.store import STORES, default_uri, prepare_store, runs_of, sqlite_file
 from ablate.tracking.tracker import MlflowTracker
 
 KEPT = {files.MODEL, files.PRUNED, files.EVALUATION, files.ITEMS}
@@ -59,30 +70,72 @@ def doctor(
     root = root.resolve()
     names = {p.name for p in (root / "results").glob("*") if p.is_dir()}
     names |= {p.name for p in (root / "state" / "spool").glob("*") if p.is_dir()}
-    optuna = _existing_storage(storage or default_storage(root))
-    client = _existing_store(tracking or default_uri(root))
+    lines = sorted(name for name in names if not is_live(Layout(root, name)))
     findings: list[Disagreement] = []
-    for name in sorted(names):
+    optuna = client = None
+    storage, tracking = storage or default_storage(root), tracking or default_uri(root)
+    own = len(lines) == len(names)
+    try:
+        optuna = _existing_storage(storage)
+    except DamagedStore:
+        if storage != default_storage(root):
+            raise
+        findings.append(_rebuilt("Optuna's database", storage, fix and own))
+    try:
+        client = _existing_store(tracking)
+    except DamagedStore:
+        if tracking != default_uri(root):
+            raise
+        findings.append(_rebuilt("MLflow's database", tracking, fix and own))
+    for name in lines:
         layout = Layout(root, name)
-        if is_live(layout):
-            continue
-        checks = [_files(layout, fix), _checkpoints(layout, fix)]
+        findings += _all(name, _files(layout, fix))
+        findings += _all(name, _checkpoints(layout, fix))
         if optuna:
-            checks.append(_trials(layout, optuna, fix))
+            findings += _all(name, _trials(layout, optuna, fix), ("storage", storage))
         if client:
-            checks.append(_Runs(layout, client, tracking or default_uri(root), fix).check())
-        findings += [finding for check in checks for finding in check]
+            findings += _all(name, _Runs(layout, client, tracking, fix).check(), ("tracking", tracking))
+    findings += _drawn(root, fix)
     findings += _pipeline(root)
     return findings
 
 
+def _all(name: str, check: Iterator[Disagreement], store: tuple[str, str] | None = None) -> list[Disagreement]:
+    """Return what a check finds; one that cannot go on, say as its store is gone, does not keep the others from theirs."""
+    found: list[Disagreement] = []
+    try:
+        with refusals(*store) if store else nullcontext():
+            found.extend(check)
+    except ConfigError as error:
+        found.append(Disagreement(name, str(error), "see there", False))
+    return found
+
+
+def _rebuilt(what: str, url: str, fix: bool) -> Disagreement:
+    if fix:
+        set_aside_database(url)
+    remedy = "move it to state/damaged; the next run of a study makes it new from plan and results"
+    return Disagreement("", f"{what} is damaged", remedy, fix)
+
+
+def _drawn(root: Path, fix: bool) -> Iterator[Disagreement]:
+    """Folders that a killed `ablate publish` or `ablate figures` left among the reports."""
+    for path in stale_folders(root / "reports"):
+        if fix:
+            shutil.rmtree(path, ignore_errors=True)
+        yield Disagreement("", f"half-drawn report {path.name}", "delete it", fix)
+
+
 def _existing_storage(url: str) -> RDBStorage | None:
-    if url.startswith("sqlite") and not Path(make_url(url).database or "").exists():
-        return None
-    return open_storage(url)
+    check_address("storage", url, DATABASES)
+    check_file("storage", url)
+    file = sqlite_path(url)
+    return None if file is not None and not file.exists() else open_storage(url)
 
 
 def _existing_store(uri: str) -> MlflowClient | None:
+    check_address("tracking", uri, STORES)
+    check_file("tracking", uri)
     file = sqlite_file(uri)
     return None if file is not None and not file.exists() else prepare_store(uri)
 
@@ -93,19 +146,12 @@ def _files(layout: Layout, fix: bool) -> Iterator[Disagreement]:
         if fix:
             path.unlink(missing_ok=True)
         yield Disagreement(layout.study, f"half-written file {path.name}", "delete it", fix)
+    yield from _plan(layout, fix)
     done, prunes = layout.done(), layout.prunes()
-    for name in sorted(done):
-        try:
-            load_record(layout.record(name))
-        except ConfigError:
-            if fix:
-                aside = layout.state / "damaged" / layout.study
-                aside.mkdir(parents=True, exist_ok=True)
-                for path in (*layout.tables_of(name), *prunes.get(name, []), layout.record(name)):
-                    path.replace(aside / path.name)
-            yield Disagreement(
-                layout.study, f"damaged result {name}.json", "move it to state/damaged; it is run again", fix
-            )
+    for name, problem in problems(layout, sorted(done), thorough=True).items():
+        if fix:
+            set_aside(layout, name)
+        yield Disagreement(layout.study, str(problem), "move the trial to state/damaged; it is run again", fix)
     for path in sorted(layout.results.glob("*.parquet")):
         if path.name.partition(".")[0] not in done:
             if fix:
@@ -117,6 +163,27 @@ def _files(layout: Layout, fix: bool) -> Iterator[Disagreement]:
         if fix:
             path.unlink(missing_ok=True)
         yield Disagreement(layout.study, f"prune result {path.name} without its trial's", "delete it", fix)
+
+
+def _plan(layout: Layout, fix: bool) -> Iterator[Disagreement]:
+    try:
+        load_plan(layout)
+    except ConfigError:
+        if fix:
+            aside = layout.state / "damaged" / layout.study
+            aside.mkdir(parents=True, exist_ok=True)
+            layout.plan.replace(aside / layout.plan.name)
+        yield Disagreement(
+            layout.study, f"damaged plan {layout.plan.name}", "move it to state/damaged; the next run writes it", fix
+        )
+
+
+def _whole_plan(layout: Layout) -> dict[str, Any] | None:
+    """Return the plan, None also where it is damaged, which `_plan` says."""
+    try:
+        return load_plan(layout)
+    except ConfigError:
+        return None
 
 
 def _checkpoints(layout: Layout, fix: bool) -> Iterator[Disagreement]:
@@ -132,21 +199,34 @@ def _checkpoints(layout: Layout, fix: bool) -> Iterator[Disagreement]:
 def _trials(layout: Layout, storage: RDBStorage, fix: bool) -> Iterator[Disagreement]:
     """Optuna trials left RUNNING without a worker, and finished ones still waiting."""
     done = layout.done()
-    plan = load_plan(layout)
+    plan = _whole_plan(layout)
+    if plan is None:
+        return
+    name = study_name(storage, f"{layout.study}-{plan['space']}", checkout_id(layout.root))
     for study in storage.get_all_studies():
-        if plan is None or study.study_name != f"{layout.study}-{plan['space']}":
+        if study.study_name != name:
             continue
+        beating = _beating(storage) - set(storage._get_stale_trial_ids(study._study_id))
         for frozen in storage.get_all_trials(study._study_id, deepcopy=False, states=(TrialState.RUNNING,)):
-            name = str(frozen.user_attrs.get(HASH))
+            machine = str(frozen.user_attrs.get(WORKER, "")).partition(":")[0]
+            if machine not in {"", host()} and frozen._trial_id in beating:
+                continue  # Its worker lives, on another machine.
+            trial = str(frozen.user_attrs.get(HASH))
             if fix:
                 _free(storage, frozen)
-            end = "has its result" if name in done else "has no worker"
+            end = "has its result" if trial in done else "has no worker"
             yield Disagreement(
                 layout.study,
-                f"Optuna trial {frozen.number} ({name}) is RUNNING but {end}",
+                f"Optuna trial {frozen.number} ({trial}) is RUNNING but {end}",
                 "free it for the next run",
                 fix,
             )
+
+
+def _beating(storage: RDBStorage) -> set[int]:
+    """Return the Optuna trials whose worker has ever given a heartbeat."""
+    with storage.engine.connect() as connection:
+        return {int(row[0]) for row in connection.execute(text("SELECT trial_id FROM trial_heartbeats"))}
 
 
 def _free(storage: RDBStorage, frozen: FrozenTrial) -> None:
@@ -170,7 +250,9 @@ class _Runs:
         if found is None or found.lifecycle_stage != "active":
             return
         yield from self._spools()
-        runs = list(self._all(found.experiment_id))
+        runs = list(
+            runs_of(self.client, self.layout, found.experiment_id, own=self.uri == default_uri(self.layout.root))
+        )
         children = [r for r in runs if r.data.tags.get(tags.ROLE) == "trial"]
         done = self.layout.done()
         for run in runs:
@@ -183,12 +265,19 @@ class _Runs:
                 if self.fix or run.data.tags.get(tags.STATUS) != "orphaned":
                     yield self._finding(f"run {run.info.run_id} has no result ({name})", "tag it as orphaned")
         parents = [r for r in runs if r.data.tags.get(tags.ROLE) == "study"]
-        tracked = {r.data.tags.get(tags.TRIAL) for r in children}
+        tracked = {str(r.data.tags.get(tags.TRIAL)) for r in children}
+        by_space = {str(p.data.tags.get(tags.SPACE)): str(p.info.run_id) for p in reversed(parents)}
         for name in sorted(done - tracked) if parents else []:
-            record = load_record(self.layout.record(name))
-            parent = next((p for p in parents if p.data.tags.get(tags.SPACE) == record.space), parents[0])
+            try:
+                record = load_record(self.layout.record(name))
+            except ConfigError:
+                continue  # `_files` names it.
             if self.fix:
-                self._write(record, found.experiment_id, parent.info.run_id)
+                parent = by_space.get(record.space, str(parents[0].info.run_id))
+                tracker = MlflowTracker(self.uri)
+                tracker.experiment, tracker.parent = found.experiment_id, parent
+                tracker.checkout = checkout_id(self.layout.root)
+                tracker.write(record, self.layout, self.client)
             yield self._finding(f"trial {name} has no run", "write one from its result")
 
     def _spools(self) -> Iterator[Disagreement]:
@@ -201,7 +290,7 @@ class _Runs:
                 yield self._finding(f"unsent events of trial {path.stem}", "send them")
             elif not spool.events:
                 if self.fix:
-                    path.unlink()
+                    path.unlink(missing_ok=True)  # unless sending the others has done it
                 yield self._finding(f"empty spool {path.name}", "delete it")
 
     def _stuck(self, run: Run, name: str | None, done: set[str]) -> Disagreement:
@@ -218,31 +307,10 @@ class _Runs:
         return self._finding(f"run {run.info.run_id} is RUNNING but {why}", f"set it to {status}")
 
     def _complete(self, run: Run, done: set[str]) -> bool:
-        plan = load_plan(self.layout)
+        plan = _whole_plan(self.layout)
         if plan is None or plan["space"] != run.data.tags.get(tags.SPACE) or plan["design"] == "search":
             return False
         return not plan["waiting_for_tune"] and {t["trial"] for t in plan["trials"]} <= done
-
-    def _write(self, record: Record, experiment: str, parent: str) -> None:
-        tracker = MlflowTracker(self.uri)
-        tracker.experiment, tracker.parent = experiment, parent
-        spool = Spool(spool_path(self.layout, record.trial))
-        for event in tracker.whole(record, self.layout, self.layout.tables_of(record.trial)):
-            spool.append(event)
-        try:
-            Sender(self.client, spool).send()
-        except MlflowException as error:
-            raise ConfigError(f"tracking is {self.uri!r}: it went away ({str(error).splitlines()[0]})") from None
-        spool.remove()
-
-    def _all(self, experiment: str) -> Iterator[Run]:
-        token: Any = None
-        while True:
-            page = self.client.search_runs([experiment], "", ViewType.ACTIVE_ONLY, 1000, None, token)
-            yield from page
-            token = page.token
-            if not token:
-                return
 
     def _finding(self, problem: str, remedy: str) -> Disagreement:
         return Disagreement(self.layout.study, problem, remedy, self.fix)
@@ -254,13 +322,15 @@ def _pipeline(root: Path) -> Iterator[Disagreement]:
     if not lock.exists():
         return
     try:
-        stages = (yaml.safe_load(lock.read_text(encoding="utf-8")) or {}).get("stages", {})
-    except (yaml.YAMLError, UnicodeDecodeError):
-        yield Disagreement("", "dvc.lock is not YAML", "restore it with git, or delete it and run `dvc repro`", False)
+        stages = (yaml.safe_load(lock.read_text(encoding="utf-8")) or {}).get("stages") or {}
+        outs = [(stage, out["path"]) for stage, entry in sorted(stages.items()) for out in entry.get("outs", [])]
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError, KeyError, RecursionError):
+        yield Disagreement(
+            "", "dvc.lock is not one of DVC's", "restore it with git, or delete it and run `dvc repro`", False
+        )
         return
-    for stage, entry in sorted(stages.items()):
-        for out in entry.get("outs", []):
-            # Metrics alone are in DVC's cache: an experiment on other studies takes them from the workspace.
-            if not (root / out["path"]).exists() and Path(out["path"]).name != "metrics.json":
-                study = stage.partition("@")[2]
-                yield Disagreement(study, f"{out['path']}, made by stage {stage}, is gone", "run `dvc repro`", False)
+    for stage, path in outs:
+        # Metrics alone are in DVC's cache: an experiment on other studies takes them from the workspace.
+        if not (root / path).exists() and Path(path).name != "metrics.json":
+            study = stage.partition("@")[2]
+            yield Disagreement(study, f"{path}, made by stage {stage}, is gone", "run `dvc repro`", False)

@@ -19,6 +19,7 @@ from ablate.evaluation.scores import Evaluated
 from ablate.results.layout import Layout
 from ablate.results.plan_file import load_plan
 from ablate.results.record import load_record
+from ablate.study.checkout import checkout_id
 from ablate.tracking import tags as names
 from ablate.tracking.spool import finite
 from ablate.tracking.store import default_uri, experiment_of, metric_name, prepare_store, study_run
@@ -45,7 +46,15 @@ def log_report(study: str, root: Path, files: Iterable[str], *, tracking: str | 
     with _refused(uri, "the report"):
         experiment = experiment_of(client, uri, layout)
         settings = load_study(root / "studies" / f"{study}.yaml")
-        run, made = study_run(client, experiment, settings, plan["space"], plan.get("notes", []))
+        run, made = study_run(
+            client,
+            experiment,
+            settings,
+            plan["space"],
+            plan["notes"],
+            checkout_id(root),
+            own=uri == default_uri(root),
+        )
         if made:  # any other is the study's own to close
             client.set_terminated(run, status="FINISHED")
         _summarise(client, experiment, run, layout.report)

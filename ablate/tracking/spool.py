@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,16 @@ from ablate.results.layout import Layout
 from ablate.tracking import tags as names
 
 Event = dict[str, Any]
+_WANTED: Mapping[str, Mapping[str, Any]] = {
+    "open": {"time": int, "experiment": str, "name": str, "tags": dict, "params": dict, "card": dict | None},
+    "run": {"run_id": str},
+    "reopen": {},
+    "metrics": {"time": int, "step": int, "values": dict},
+    "close": {"time": int, "step": int, "status": str, "tags": dict, "metrics": dict, "tables": list},
+}
+"""What each kind of event has at least, with its types."""
+
+_log = logging.getLogger(__name__)
 
 
 class Spool:
@@ -84,13 +95,25 @@ def ends_with_result(spool: Spool) -> bool:
 
 def _read(path: Path) -> list[Event]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return []
-    events = []
+    events: list[Event] = []
     for line in lines:
         try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError:
+            event = json.loads(line)
+        except ValueError:
             continue  # The line during which the process was killed.
+        if not _is_event(event):
+            _log.warning("%s has a line that is no event: it is left out", path)
+        elif events or event["event"] in {"open", "run"}:  # Without its beginning, nobody knows where a rest belongs.
+            events.append(event)
     return events
+
+
+def _is_event(event: Any) -> bool:
+    """Whether a line of a spool is an event with all that sending it needs."""
+    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+        return False
+    wanted = _WANTED.get(event["event"])
+    return wanted is not None and all(isinstance(event.get(key), kind) for key, kind in wanted.items())

@@ -5,29 +5,39 @@ from __future__ import annotations
 import getpass
 import json
 import os
+import signal
 import socket
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-from mlflow.entities import Dataset, DatasetInput, Experiment, InputTag, Param, ViewType
+from mlflow.entities import Dataset, DatasetInput, Experiment, InputTag, Param, Run, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
-from sqlalchemy.engine import make_url
 
-from ablate.config import ConfigError, Section, Study, digest
+from ablate.config import ConfigError, Section, Study, digest, masked
 from ablate.results.layout import Layout
-from ablate.study.address import sqlite_url
+from ablate.study.address import alone_with, check_address, refusals, sqlite_path, sqlite_url
+from ablate.study.checkout import checkout_id
+from ablate.study.engines import environment
 from ablate.tracking import tags as names
 
 PARAMS_A_BATCH = 100
 LONGEST_NAME = 250
 """Characters of a parameter's or metric's name."""
 JOBS = "MLFLOW_SERVER_ENABLE_JOB_EXECUTION"
+BACKEND = "MLFLOW_BACKEND_STORE_URI"
+"""Where MLflow's server finds the database: its arguments could be read by every user of the machine."""
+MIGRATED = "ABLATE_MIGRATED_STORE"
+STORES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https")
+"""Kinds of store that MLflow knows."""
+ANSWER_SECONDS = 12
+"""How long a server may take to answer before a command starts."""
 
 
 def default_uri(root: Path) -> str:
@@ -39,51 +49,72 @@ def prepare_store(uri: str) -> MlflowClient:
     """Make the tracking store ready, once, before several processes use it: create it, migrate an old one.
 
     Raises:
-        ConfigError: the URI is none, or no usable server or database answers.
+        DamagedStore: the database file is damaged, or none.
+        ConfigError: the URI is none, or no usable server or database answers within seconds.
     """
+    check_address("tracking", uri, STORES)
+    if uri.startswith("http"):
+        with refusals("tracking", uri):
+            return _answering(uri)
     file = sqlite_file(uri)
-    if file is None:
-        return _checked(uri)
-    file.parent.mkdir(parents=True, exist_ok=True)
     # Four processes that open a fresh database at once leave it half migrated and unusable.
-    with FileLock(file.with_name(f".{file.name}.lock")):
-        try:
-            with sqlite3.connect(file) as connection:
+    with alone_with("tracking", uri, "mlflow tables"), refusals("tracking", uri):
+        if file is not None:
+            with closing(sqlite3.connect(file)) as connection:
                 connection.execute("PRAGMA journal_mode=WAL")
-            connection.close()
-        except sqlite3.Error as error:
-            raise ConfigError(f"tracking is {uri!r}: the database cannot be used: {error}") from None
-        return _checked(uri)
+        try:
+            return _opened(uri)
+        except MlflowException as error:
+            if "out-of-date database schema" not in str(error):
+                raise
+        _migrate(uri)
+        return _opened(uri)
 
 
 def sqlite_file(uri: str) -> Path | None:
     """The file of an SQLite URI, None for any other."""
-    if not uri.startswith(("sqlite:", "sqlite+")):
-        return None
-    database = make_url(uri).database
-    if not database or not Path(database).is_absolute():
+    file = sqlite_path(uri)
+    if file is not None and not file.is_absolute():
         raise ConfigError(f"tracking is {uri!r}: an absolute path is expected, sqlite:////path/to/mlflow.db")
-    return Path(database)
+    return file
 
 
-def _checked(uri: str) -> MlflowClient:
-    if uri.split(":")[0].partition("+")[0] not in {"sqlite", "postgresql", "mysql", "mssql", "http", "https"}:
-        raise ConfigError(f"tracking is {uri!r}: sqlite:////path, postgresql://… or http(s)://… is expected")
+def _opened(uri: str) -> MlflowClient:
     client = MlflowClient(uri)
-    try:
-        client.search_experiments(max_results=1)
-    except MlflowException as error:
-        if "out-of-date database schema" not in str(error):
-            raise ConfigError(f"tracking is {uri!r}: no MLflow answers there ({first_line(error)})") from None
-        upgrade = [sys.executable, "-m", "mlflow", "db", "upgrade", uri]
-        done = subprocess.run(upgrade, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise ConfigError(
-                f"tracking is {uri!r}: its database could not be migrated; run {' '.join(upgrade)}"
-            ) from None
-        client = MlflowClient(uri)
-        client.search_experiments(max_results=1)
+    client.search_experiments(max_results=1)
     return client
+
+
+def _answering(uri: str) -> MlflowClient:
+    """Ask a server some times within ANSWER_SECONDS; MLflow itself would go on asking for minutes."""
+    end = time.monotonic() + ANSWER_SECONDS
+    while True:
+        left = end - time.monotonic()
+        limits = {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(max(1, round(left))), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+        try:
+            with environment(limits):
+                return _opened(uri)
+        except MlflowException:
+            if end - time.monotonic() < 2:
+                raise
+            time.sleep(2)
+
+
+def _migrate(uri: str) -> None:
+    """Bring the tables of an older MLflow up to date, in a process of its own: MLflow's migrations print a lot."""
+    code = f"import os; from mlflow.db import upgrade; upgrade.callback(os.environ[{MIGRATED!r}])"
+    # Its address is not among the arguments, which every user of the machine can read.
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env={**os.environ, MIGRATED: uri}
+    )
+    if done.returncode:
+        last = next(reversed(done.stderr.strip().splitlines()), "")
+        newer = "locate revision" in done.stderr
+        raise ConfigError(
+            f"tracking is {masked(uri)!r}: its tables are of "
+            + ("a newer MLflow; update mlflow" if newer else f"another MLflow and cannot be migrated ({last[:200]})")
+            + ", or move the database away: `ablate doctor --fix` writes finished trials into a new one"
+        )
 
 
 def serve(root: Path, port: int = 5000, uri: str | None = None) -> int:
@@ -93,7 +124,7 @@ def serve(root: Path, port: int = 5000, uri: str | None = None) -> int:
     """
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(root)
     if uri.startswith("http"):
-        print(f"MLflow runs at {uri}")
+        print(f"MLflow runs at {masked(uri)}")
         return 0
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -111,25 +142,37 @@ def serve(root: Path, port: int = 5000, uri: str | None = None) -> int:
                 f"  {study.name}: {address}/#/experiments/{study.experiment_id}/runs?workflowType=machine_learning",
                 flush=True,
             )
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--workers", "1"]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    # Its job workers serve prompts and traces, which are not used here. A session of its own: the server starts others,
+    # which end with it.
+    process = subprocess.Popen(command, env={**os.environ, JOBS: "false", BACKEND: uri}, start_new_session=True)
     try:
-        # Its job workers serve prompts and traces, which are not used here.
-        return subprocess.run(command, check=False, env={**os.environ, JOBS: "false"}).returncode
-    except KeyboardInterrupt:
-        return 130
+        return process.wait()
+    finally:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=2)
 
 
 def study_run(
-    client: MlflowClient, experiment: str, study: Study, space: str, notes: Sequence[str]
+    client: MlflowClient, experiment: str, study: Study, space: str, notes: Sequence[str], checkout: str, *, own: bool
 ) -> tuple[str, bool]:
-    """The run of a study and its space, made where there is none; and whether it was made just now."""
+    """The run of a checkout's study and its space, made where there is none; and whether it was made just now.
+
+    `own` says that nobody else uses the store: a run without a checkout's name, of an earlier version, is its own then.
+    """
     wanted = f"tags.`{names.ROLE}` = 'study' and tags.`{names.SPACE}` = '{space}'"
-    found = client.search_runs([experiment], wanted, run_view_type=ViewType.ACTIVE_ONLY, max_results=1)
-    if found:
-        return str(found[0].info.run_id), False
+    for run in client.search_runs([experiment], wanted, run_view_type=ViewType.ACTIVE_ONLY, max_results=1000):
+        owner = run.data.tags.get(names.CHECKOUT)
+        if owner == checkout or (own and owner is None):
+            if owner is None:
+                client.set_tag(run.info.run_id, names.CHECKOUT, checkout)
+            return str(run.info.run_id), False
     tags = {
         names.ROLE: "study",
+        names.CHECKOUT: checkout,
         names.STUDY: study.name,
         names.SPACE: space,
         names.DESIGN: study.design,
@@ -151,13 +194,31 @@ def source(study: str) -> dict[str, str]:
         return tags
 
 
+def runs_of(client: MlflowClient, layout: Layout, experiment: str, *, own: bool) -> Iterator[Run]:
+    """Yield the runs of an experiment that this checkout made; another's are none of its business.
+
+    Runs of earlier versions bear no checkout's name: they are its own where nobody else uses the store (`own`).
+    """
+    checkout = checkout_id(layout.root)
+    token: Any = None
+    while True:
+        page = client.search_runs([experiment], "", ViewType.ACTIVE_ONLY, 1000, None, token)
+        for run in page:
+            owner = run.data.tags.get(names.CHECKOUT)
+            if owner == checkout or (own and owner is None):
+                yield run
+        token = page.token
+        if not token:
+            return
+
+
 def experiment_of(client: MlflowClient, uri: str, layout: Layout) -> str:
     """The experiment of a study, made where there is none and restored where it was deleted."""
     found: Experiment | None = client.get_experiment_by_name(layout.study)
     if found is None:
         # Artifacts go next to a local database; a server decides itself.
-        local = sqlite_file(uri) is not None
-        artifacts = (layout.state / "artifacts" / layout.study).resolve().as_uri() if local else None
+        file = sqlite_file(uri)
+        artifacts = None if file is None else (file.parent / "artifacts" / layout.study).resolve().as_uri()
         kind = {names.EXPERIMENT_KIND: names.MODEL_TRAINING}
         return str(client.create_experiment(layout.study, artifact_location=artifacts, tags=kind))
     if found.lifecycle_stage != "active":

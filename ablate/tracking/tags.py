@@ -15,6 +15,7 @@ SOURCE, SOURCE_TYPE, COMMIT, USER = (
 EXPERIMENT_KIND, MODEL_TRAINING = "mlflow.experimentKind", "custom_model_development"
 STUDY = "ablate.study"
 SPACE = "ablate.space"
+CHECKOUT = "ablate.checkout"  # which checkout of the project made the run
 ROLE = "ablate.role"  # study or trial
 TRIAL = "ablate.trial"  # the trial's hash
 ARM = "ablate.arm"

@@ -7,7 +7,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from ablate.evaluation.scores import columns
 from ablate.results.columns import COST
 from ablate.results.layout import MODEL, Layout
 from ablate.results.record import Record, load_record
+from ablate.study.address import DamagedStore, check_file, set_aside_database
+from ablate.study.checkout import checkout_id
 from ablate.study.designs import Plan, PlannedTrial
 from ablate.tracking import tags as names
 from ablate.tracking.machine import watched
@@ -27,11 +29,13 @@ from ablate.tracking.sender import Sender
 from ablate.tracking.spool import Event, Spool, ends_with_result, finite, spool_path
 from ablate.tracking.store import (
     dataset,
+    default_uri,
     experiment_of,
     first_line,
     flat,
     metric_name,
     prepare_store,
+    runs_of,
     source,
     study_run,
 )
@@ -58,7 +62,23 @@ class MlflowTracker:
         self.uri = uri
         self.experiment: str | None = None
         self.parent: str | None = None
+        self.checkout: str | None = None
         self.card: dict[str, Any] | None = None
+
+    def check(self, layout: Layout, say: Callable[[str], None]) -> None:
+        """Make the store ready: the project's own database, where damaged, is set aside and made new.
+
+        Raises:
+            ConfigError: it cannot be used.
+        """
+        try:
+            check_file("tracking", self.uri)
+            prepare_store(self.uri)
+        except DamagedStore:
+            if self.uri != default_uri(layout.root):
+                raise
+            say(f"MLflow's database was damaged: it is kept as {set_aside_database(self.uri)}, and made new")
+            prepare_store(self.uri)
 
     def start_study(self, plan: Plan, layout: Layout, card: dict[str, Any] | None) -> None:
         """Open the study's run, or go on with it, and send what an earlier run of the study could not."""
@@ -66,7 +86,11 @@ class MlflowTracker:
         self.card = card
         try:
             self.experiment = experiment_of(client, self.uri, layout)
-            self.parent, _ = study_run(client, self.experiment, plan.study, plan.space, plan.notes)
+            self.checkout = checkout_id(layout.root)
+            own = self.uri == default_uri(layout.root)
+            self.parent, made = study_run(
+                client, self.experiment, plan.study, plan.space, plan.notes, self.checkout, own=own
+            )
             client.update_run(self.parent, status="RUNNING")
             client.set_tag(self.parent, names.PLAN_HASH, plan.hash)
             client.log_artifact(self.parent, str(layout.plan))
@@ -77,6 +101,8 @@ class MlflowTracker:
                 f"tracking is {self.uri!r}: the study's run cannot be opened ({first_line(error)})"
             ) from None
         self.settle(layout, client)
+        if made and layout.done():
+            self._write_missing(layout, client, own=own)
 
     def open_trial(self, planned: PlannedTrial, layout: Layout) -> MlflowTrial:
         """Follow a trial; its events go to the server from a thread of their own."""
@@ -94,13 +120,14 @@ class MlflowTracker:
             client.log_artifact(self.parent, str(layout.plan))
             client.set_tag(self.parent, names.STATUS, status)
             client.set_terminated(self.parent, status=RUN_STATES[status])
-        except MlflowException as error:
+        except (MlflowException, OSError) as error:  # OSError: a full disk
             _log.warning("the study's run could not be closed (%s); run the study or `ablate doctor` again", error)
 
     def _opening(self, planned: PlannedTrial, layout: Layout) -> Event:
         tags = {
             names.PARENT_RUN: self.parent,
             names.ROLE: "trial",
+            names.CHECKOUT: self.checkout,
             names.STUDY: layout.study,
             names.TRIAL: planned.hash,
             names.ARM: planned.arm,
@@ -126,6 +153,25 @@ class MlflowTracker:
         opening = self._opening(planned, layout)
         closing = _closing(record, tables, layout.folder(record.trial) / MODEL)
         return [opening, *(_metrics(e) for e in record.history), closing]
+
+    def write(self, record: Record, layout: Layout, client: MlflowClient) -> None:
+        """Write the run of a finished trial from its result. Raises MlflowException where the server is away."""
+        spool = Spool(spool_path(layout, record.trial))
+        for event in self.whole(record, layout, layout.tables_of(record.trial)):
+            spool.append(event)
+        Sender(client, spool).send()
+        spool.remove()
+
+    def _write_missing(self, layout: Layout, client: MlflowClient, *, own: bool) -> None:
+        """Log finished trials of this study again, whose runs were lost with their database."""
+        assert self.experiment is not None
+        known = {r.data.tags.get(names.TRIAL) for r in runs_of(client, layout, self.experiment, own=own)}
+        for name in sorted(layout.done() - known):
+            try:
+                self.write(load_record(layout.record(name)), layout, client)
+            except (MlflowException, OSError) as error:
+                _log.warning("MLflow is away, runs of finished trials are not written: %s", first_line(error))
+                return
 
     def settle(self, layout: Layout, client: MlflowClient) -> None:
         """Send the events that trials of dead processes, or of times without a server, left behind."""

@@ -58,6 +58,7 @@ class Evaluator(pl.Callback):
             "spent": self.spent(),
             "training_counts": self._probe.training_counts(),
             "motion": self._motion.state_dict() if self._motion else {},
+            "parts": json.dumps(self._parts.digests),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -65,6 +66,7 @@ class Evaluator(pl.Callback):
         self.history = [Evaluation.model_validate(e) for e in json.loads(state_dict["history"])]
         self._seconds, self._earlier = state_dict["seconds"], state_dict["spent"]
         self._training_counts = state_dict["training_counts"]
+        self._parts.digests = json.loads(state_dict.get("parts", "{}"))
         if self._motion:
             self._motion.load_state_dict(state_dict["motion"])
 
@@ -190,6 +192,33 @@ class Windows:
         bits, lengths = whole.numpy()
         columns = {"window": np.arange(len(bits)), "bytes": lengths, "bits": bits}
         self.table = pl_frames.DataFrame(columns).cast(WINDOWS_SCHEMA)  # type: ignore[arg-type]
+
+
+def unusable(saved: dict[str, Any], module: LanguageModel) -> str:
+    """Return why a checkpoint's content is none that this trial can go on from, empty where it is one."""
+    wanted = {"global_step", "state_dict", "optimizer_states", "callbacks", "loops"}
+    if missing := sorted(wanted - saved.keys()):
+        return f"it has no {missing[0]}"
+    if _state_of(saved) is None:
+        return "it has no history of evaluations"
+    own, kept = module.state_dict(), saved["state_dict"]
+    if not isinstance(kept, dict) or {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in kept.items()}:
+        return "its weights are of another model"
+    return ""
+
+
+def damaged_parts(folder: Path, saved: dict[str, Any]) -> str:
+    """Return what is wrong with the tables that a checkpoint counts on, empty where nothing is."""
+    digests = json.loads((_state_of(saved) or {}).get("parts", "{}"))  # none before version 0.2
+    name = UsageParts(folder / USAGE_PARTS).damaged(digests)
+    return f"its table {name} is missing or damaged" if name else ""
+
+
+def _state_of(saved: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the state of the Evaluator in a checkpoint."""
+    callbacks = saved["callbacks"]
+    found = callbacks.get(Evaluator.__qualname__) if isinstance(callbacks, dict) else None
+    return found if isinstance(found, dict) and "history" in found else None
 
 
 def _any(trainer: pl.Trainer, decision: bool) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,8 @@ def load_model(path: Path) -> tuple[Transformer, Trial, str]:
         ConfigError: the file is missing, damaged, of another version, or no such checkpoint.
     """
     content, where = read_checkpoint(path), f"checkpoint {str(path)!r}"
+    if not whole_zip(path):
+        raise ConfigError(f"{where} is damaged: its checksums are not those that were written with it")
     if not isinstance(content.get("format"), int) or content["format"] != FORMAT:
         raise ConfigError(f"{where} has format {echo(content.get('format'))}; this version reads {FORMAT}")
     kinds = {"trial": str, "vocab_size": int, "tokenizer_hash": str, "state": dict}
@@ -110,5 +114,18 @@ def _check_tensors(own: dict[str, Any], given: dict[str, Any]) -> None:
 
 def save_atomically(path: Path, content: Any) -> None:
     """Write `content` with torch.save, replacing the file in one step."""
-    with replacing(path) as partial:
-        torch.save(content, partial)
+    # An open file: torch would write a path's name, which has the process's number in it, into the archive.
+    with replacing(path) as partial, partial.open("wb") as file:
+        torch.save(content, file)
+
+
+def whole_zip(path: Path) -> bool:
+    """Whether a file is one of torch's archives in which every part has the checksum that was written with it.
+
+    torch itself does not compare them: a bit that flipped on the disk would change the result without a word.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError):
+        return False

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+import pickle
 import signal
 import sys
 import threading
 import time
+from typing import Any
 
 
 def die_with(parent: int) -> None:
@@ -23,3 +25,13 @@ def die_with(parent: int) -> None:
 
     # Also where there is no prctl, and for a parent that died before it was called.
     threading.Thread(target=watch, daemon=True, name="parent-watch").start()
+
+
+def guarded(parent: int, work: bytes, *rest: Any) -> None:
+    """Run pickled work in a child process that ends with its parent.
+
+    The work is unpickled here, and its modules imported, only after the child is tied to its parent: imports take
+    seconds, in which it would otherwise outlive a parent that was killed.
+    """
+    die_with(parent)
+    pickle.loads(work)(*rest)

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment, find_free_network_port
 from lightning.pytorch.strategies import DDPStrategy
 
-from ablate.training.lifeline import die_with
+from ablate.training.lifeline import guarded
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,11 @@ def started(devices: int, run: Callable[[Place], object]) -> Iterator[Place]:
     context = multiprocessing.get_context("spawn")
     port = find_free_network_port()
     others = [
-        context.Process(target=_main, args=(run, Place(rank, port), os.getpid()), name=f"ablate-rank-{rank}")
+        context.Process(
+            target=guarded,
+            args=(os.getpid(), pickle.dumps(partial(_main, run, Place(rank, port)))),
+            name=f"ablate-rank-{rank}",
+        )
         for rank in range(1, devices)
     ]
     for process in others:
@@ -89,9 +95,8 @@ def started(devices: int, run: Callable[[Place], object]) -> Iterator[Place]:
             torch.distributed.destroy_process_group()
 
 
-def _main(run: Callable[[Place], object], place: Place, parent: int) -> None:
+def _main(run: Callable[[Place], object], place: Place) -> None:
     # Who is asked to stop is rank 0; the others hear it from there.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    die_with(parent)
     run(place)

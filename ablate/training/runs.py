@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
+from typing import Any
+
+from pydantic_core import from_json
 
 from ablate.config import ConfigError, Trial
 from ablate.results.layout import MODEL, PRUNE_MARK, USAGE
@@ -35,9 +37,11 @@ def find_checkpoint(run: str, root: Path) -> Path:
         return weights
     if not records:
         raise ConfigError(f"run {run!r} is not known: no result in {str(root / 'results')!r} has it")
-    record, study = json.loads(records[0].read_text(encoding="utf-8")), records[0].parent.name
-    if record["status"] != "finished":
-        raise ConfigError(f"run {run!r} of study {study!r} ended {record['status']}: only finished ones keep weights")
+    study, status = records[0].parent.name, _content(records[0]).get("status")
+    if not isinstance(status, str):
+        raise ConfigError(f"result {str(records[0])!r} is damaged: `ablate doctor --fix` sets it aside")
+    if status != "finished":
+        raise ConfigError(f"run {run!r} of study {study!r} ended {status}: only finished ones keep weights")
     raise ConfigError(
         f"run {run!r} of study {study!r} kept no weights: `ablate reproduce {run} --keep` trains it again and keeps them "
         "(train.keep_checkpoint: true under base keeps those of every trial)"
@@ -62,7 +66,10 @@ def find_usage(run: str, root: Path) -> Path:
             raise ConfigError(f"run {run!r} is no usage table: a .parquet file is expected")
         return path
     for record in _known(run, root):
-        return record.with_name(f"{record.stem}.{USAGE}")
+        usage = record.with_name(f"{record.stem}.{USAGE}")
+        if not usage.exists():
+            raise ConfigError(f"run {run!r} has no usage table: {str(usage)!r} does not exist; see `ablate doctor`")
+        return usage
     raise ConfigError(f"run {run!r} is not known: no result in {str(root / 'results')!r} has it")
 
 
@@ -95,9 +102,14 @@ def _known(run: str, root: Path) -> list[Path]:
 
 def _run_id(record: Path) -> str | None:
     """The MLflow run that a trial's record names; None for files that are not records."""
-    try:
-        content = json.loads(record.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        return None
-    run_id = content.get("run_id") if isinstance(content, dict) else None
+    run_id = _content(record).get("run_id")
     return run_id if isinstance(run_id, str) else None
+
+
+def _content(record: Path) -> dict[str, Any]:
+    """Return what a result file says, {} where it is damaged."""
+    try:
+        content = from_json(record.read_bytes())
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}

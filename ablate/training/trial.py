@@ -28,13 +28,15 @@ from ablate.kernels.backend import REFERENCE, choose, load
 from ablate.model.counts import count
 from ablate.results.layout import LAST, MODEL, MOTION, TREES, USAGE, WINDOWS
 from ablate.training import ranks
-from ablate.training.callbacks import USAGE_PARTS, Evaluator, calibration_windows
-from ablate.training.checkpoint import read_checkpoint, save_model
+from ablate.training.callbacks import USAGE_PARTS, Evaluator, calibration_windows, damaged_parts, unusable
+from ablate.training.checkpoint import read_checkpoint, save_model, whole_zip
 from ablate.training.module import LanguageModel
 from ablate.training.ranks import Place
 from ablate.training.result import Observer, Provenance, TrialResult
 
 TASKS = ".cache/tasks"
+
+_log = logging.getLogger(__name__)
 
 
 def run_trial(
@@ -103,7 +105,8 @@ def _run(
     last = folder / LAST
     torch.manual_seed(trial.init_seed)
     module = LanguageModel(trial, prepared.vocab_size)
-    resuming = last.exists()
+    saved = _to_go_on_from(folder, module, place)
+    resuming = saved is not None
     if not resuming:
         module.model.calibrate(calibration_windows(prepared, trial))
     batches: dict[str, Any] = {
@@ -111,7 +114,7 @@ def _run(
         "batch_size": trial.train.batch_size // trial.train.accumulate // trial.train.devices,
         "data_seed": trial.data_seed,
         "steps": trial.train.steps * trial.train.accumulate,
-        "start_step": read_checkpoint(last)["global_step"] * trial.train.accumulate if resuming else 0,
+        "start_step": saved["global_step"] * trial.train.accumulate if saved else 0,
         "eval_tokens": trial.train.eval_tokens,
         "eval_batch_size": max(1, EVAL_BATCH_TOKENS // trial.model.context),
     }
@@ -146,6 +149,30 @@ def _run(
             save_model(folder / MODEL, module.model, trial, prepared.tokenizer_hash)
         last.unlink(missing_ok=True)
     return result
+
+
+def _to_go_on_from(folder: Path, module: LanguageModel, place: Place | None) -> dict[str, Any] | None:
+    """Return the content of `last.ckpt`, None where there is none or it is damaged: then it is set aside.
+
+    All ranks look, and rank 0 moves the file.
+    """
+    last = folder / LAST
+    if not last.exists():
+        return None
+    saved, why = None, ""
+    try:
+        saved = read_checkpoint(last)
+        why = "" if whole_zip(last) else "its checksums are not those that were written with it"
+        why = why or unusable(saved, module) or damaged_parts(folder, saved)
+    except ConfigError as error:
+        why = str(error)
+    if not why:
+        return saved
+    if place is None or place.rank == 0:
+        _log.warning("%s cannot be gone on from (%s): set aside; the trial goes on from the start", last, why)
+        last.replace(last.with_name(f"{LAST}.damaged"))
+        shutil.rmtree(folder / USAGE_PARTS, ignore_errors=True)
+    return None
 
 
 def _trainer(trial: Trial, evaluator: Evaluator, folder: Path, place: Place | None) -> pl.Trainer:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from ablate.results.layout import Layout
@@ -22,6 +25,8 @@ from tests.study import objective
 from tests.study.postgres import postgres
 
 SHORT: dict[str, Any] = {"seeds": list(range(125)), "base": {"train": {"steps": 2, "eval_every": 2}}}
+FIRST_SECONDS = 8.0
+"""CPU seconds until the first worker starts, of which the imports take about three."""
 MOST_OVERHEAD = 0.5
 """Seconds a trial of study and tracking together."""
 
@@ -45,6 +50,21 @@ def five_hundred(root: Path, storage: str, workers: int) -> None:
 def times(root: Path) -> list[dict[str, Any]]:
     """What `objective.timed` noted: trial, worker, start and end."""
     return [json.loads(line) for path in (root / "times").iterdir() for line in path.read_text().splitlines()]
+
+
+@pytest.mark.soak
+@pytest.mark.soak_short
+def test_the_first_of_ten_thousand_trials_starts_in_seconds(tmp_path: Path) -> None:
+    settings = {"seeds": list(range(2500))}
+    command = [sys.executable, "-m", "tests.study.run", str(tmp_path), "1", "slow", json.dumps(settings)]
+    process = psutil.Popen(command, cwd=Path(__file__).parents[2], stderr=subprocess.PIPE, text=True)
+    try:
+        assert any("starting 1 workers" in line for line in process.stderr)
+        times = process.cpu_times()
+        print(f"{times.user + times.system:.1f} s of CPU, with the imports, before the first worker")
+        assert times.user + times.system <= FIRST_SECONDS
+    finally:
+        process.kill()
 
 
 @pytest.mark.soak

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,65 @@ def test_a_hard_kill_costs_the_steps_since_the_last_checkpoint_only(
     resumed = run(trial(), tmp_path / "t", observer=watching)
     assert watching.seen == [8, 12]
     assert comparable(resumed) == comparable(run(trial()))
+
+
+def flipped(place: float) -> Callable[[bytes], bytes]:
+    def flip(content: bytes) -> bytes:
+        at = int(len(content) * place)
+        return content[:at] + bytes([content[at] ^ 16]) + content[at + 1 :]
+
+    return flip
+
+
+CHECKPOINTS: dict[str, Callable[[bytes], bytes]] = {
+    "a bit early": flipped(0.2),
+    "a bit in the middle": flipped(0.5),
+    "a bit late": flipped(0.8),
+    "cut by half": lambda content: content[: len(content) // 2],
+    "cut by ten bytes": lambda content: content[:-10],
+    "zeros": lambda content: bytes(len(content)),
+    "empty": lambda content: b"",
+    "text": lambda content: b"no checkpoint\n",
+    "a foreign pickle": lambda content: pickle.dumps({"a": 1}),
+    "an evil pickle": lambda content: b"cos\nsystem\n(S'touch evil'\ntR.",
+}
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_trial_goes_on_from_the_start(
+    run: Callable[..., TrialResult], tmp_path: Path
+) -> None:
+    config, folder = trial(), tmp_path / "t"
+    whole = comparable(run(config))
+    assert run(config, folder, observer=StopAt(10)).status == "killed"
+    good = (folder / "last.ckpt").read_bytes()
+    parts = {p.name: p.read_bytes() for p in (folder / "usage").iterdir()}
+
+    def again() -> list[int]:
+        watching = StopAt(99)
+        assert comparable(run(config, folder, observer=watching)) == whole
+        return watching.seen
+
+    def restore() -> None:
+        (folder / "usage").mkdir(exist_ok=True)
+        for name, content in parts.items():
+            (folder / "usage" / name).write_bytes(content)
+        (folder / "last.ckpt").write_bytes(good)
+
+    for name, damage in CHECKPOINTS.items():
+        restore()
+        (folder / "last.ckpt").write_bytes(damage(good))
+        assert again() == [0, 4, 8, 12], name
+        assert (folder / "last.ckpt.damaged").exists(), name
+    restore()
+    torch.save({"global_step": 3}, folder / "last.ckpt")
+    assert again() == [0, 4, 8, 12]
+    restore()
+    part = min((folder / "usage").glob("*.leaves.npy"))
+    part.write_bytes(part.read_bytes()[:-40])
+    assert again() == [0, 4, 8, 12]
+    restore()
+    assert again() == [12], "a whole one is gone on from"
+    assert not Path("evil").exists()
 
 
 def test_the_same_trial_twice_is_the_same_bit_for_bit(run: Callable[..., TrialResult]) -> None:

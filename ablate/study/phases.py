@@ -1,0 +1,34 @@
+"""What a study does next: its plan as far as it is known, and the queue of that phase."""
+
+from __future__ import annotations
+
+from ablate.config import Study
+from ablate.results.layout import Layout
+from ablate.results.plan_file import load_plan
+from ablate.study.candidates import Candidates
+from ablate.study.checkout import checkout_id
+from ablate.study.designs import Plan, expand
+from ablate.study.job import Job
+from ablate.study.queue import Queue
+from ablate.study.rates import traces
+from ablate.study.records import save_plan
+from ablate.study.storage import open_storage
+
+
+def queue_of(job: Job) -> Queue:
+    """Open the storage, and return the queue of a study's present phase; called by the parent and by each worker."""
+    storage, checkout = open_storage(job.storage), checkout_id(job.root)
+    if job.plan.racing:
+        return Candidates(job.plan, storage, job.layout, checkout)
+    return Queue(job.plan, storage, checkout)
+
+
+def plan_of(study: Study, layout: Layout) -> Plan:
+    """Return the plan as far as it is known, written to plan.json."""
+    known, tuned = traces(study, layout)
+    plan = expand(study, known)
+    before = load_plan(layout)
+    # A search's file also says what its candidates were; it is written again when the race is over.
+    if not (plan.racing and before and before.get("hash") == plan.hash):
+        save_plan(layout, plan, tuned)
+    return plan
