@@ -29,16 +29,11 @@ app.add_typer(study_app, name="study")
 app.add_typer(bench_app, name="bench")
 app.add_typer(kernels_app, name="kernels")
 
-<<<<<<< HEAD
 StudyFile = Annotated[Path, typer.Argument(help="A study file, such as studies/first.yaml.", show_default=False)]
 Name = Annotated[
     str,
     typer.Argument(help="A study's name, such as first.", show_default=False, callback=lambda name: study_name(name)),
 ]
-=======
-StudyFile = Annotated[Path, typer.Argument(help="A study file, such as studies/first.yaml.", show_default=False)]
-Name = Annotated[str, typer.Argument(help="A study's name, such as first.", show_default=False)]
->>>>>>> a87a79f (make repro runs first: five claims in ten minutes)
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 Run = Annotated[str, typer.Argument(help="A trial's hash, an MLflow run's id, or a weights file.", show_default=False)]
 Settings = Annotated[
