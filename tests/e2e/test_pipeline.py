@@ -219,6 +219,7 @@ def test_pruned_trials_reach_the_report(project: Path, monkeypatch: pytest.Monke
     assert "Everything agrees." in ablate(project, "doctor")
 
 
+@pytest.mark.soak_short
 def test_editing_one_study_runs_that_study_only(project: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in (project / "results" / "tiny").glob("*.json") if p.name != "plan.json"}
     (project / "studies/other.yaml").write_text(TINY.replace("[0, 1]", "[1]"))

@@ -59,26 +59,33 @@ def stored(root: Path, suffix: str = "") -> optuna.Study:
     return optuna.load_study(study_name=names[-1], storage=url)
 
 
+SETTINGS: list[dict[str, Any]] = [
+    {"match": "total_units"},
+    {"match": "total_units", "objectives": ["bpb", "n_eff_frac"]},
+    {"pruner": "median", "match": "total_units"},
+    {},
+    {"match": "active_units", "factors": {k: v for k, v in SHAPES.items() if k != "tree.leaf_width"}},
+    {"objectives": ["n_eff_frac", "dead_frac", "bits_lost"]},
+    {"pruner": "halving"},
+    {"sampler": "random"},
+    {"sampler": "qmc", "match": "total_units"},
+    {"sampler": "cmaes"},
+    {"sampler": "gp", "match": "total_units", "objectives": ["bpb", "n_eff_frac"]},
+    {"sampler": {"name": "nsga2", "population": 3}, "objectives": ["bpb", "n_eff_frac"]},
+    {"sampler": {"name": "tpe", "multivariate": True, "startup": 3}, "match": "total_units"},
+    {"race": 0, "seeds": [4]},
+    {"finalists": {"count": 0}},
+]
+QUICK = 3
+"""So many are in the fast tests; the others are in the short cut of the long proofs, which CI runs too."""
+
+
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
-        {"match": "total_units"},
-        {"match": "active_units", "factors": {k: v for k, v in SHAPES.items() if k != "tree.leaf_width"}},
-        {"match": "total_units", "objectives": ["bpb", "n_eff_frac"]},
-        {"objectives": ["n_eff_frac", "dead_frac", "bits_lost"]},
-        {"pruner": "halving"},
-        {"pruner": "median", "match": "total_units"},
-        {"sampler": "random"},
-        {"sampler": "qmc", "match": "total_units"},
-        {"sampler": "cmaes"},
-        {"sampler": "gp", "match": "total_units", "objectives": ["bpb", "n_eff_frac"]},
-        {"sampler": {"name": "nsga2", "population": 3}, "objectives": ["bpb", "n_eff_frac"]},
-        {"sampler": {"name": "tpe", "multivariate": True, "startup": 3}, "match": "total_units"},
-        {"race": 0, "seeds": [4]},
-        {"finalists": {"count": 0}},
+        pytest.param(s, id=json.dumps(s)[1:60] or "plain", marks=[] if place < QUICK else pytest.mark.soak_short)
+        for place, s in enumerate(SETTINGS)
     ],
-    ids=lambda s: json.dumps(s)[1:60] or "plain",
 )
 def test_a_search_meets_its_budget_exactly_and_goes_on(tmp_path: Path, settings: dict[str, Any]) -> None:
     settings = {"finalists": {"count": 2, "seeds": [10, 11]}, **settings}
@@ -339,7 +346,9 @@ def test_whole_numbers_need_no_flag_and_sizes_that_never_fit_are_named() -> None
     assert space.derived == "tree.trees"
 
 
-@pytest.mark.parametrize("name", ["tpe", "cmaes", "gp", "random", "qmc", "nsga2"])
+@pytest.mark.parametrize(
+    "name", ["tpe", "cmaes", pytest.param("gp", marks=pytest.mark.soak_short), "random", "qmc", "nsga2"]
+)
 def test_a_sampler_proposes_the_same_for_the_same_history_and_nothing_twice(name: str) -> None:
     space = Space(objective.study(**search(30, match="total_units", sampler=name)))
     rng = np.random.default_rng(0)
