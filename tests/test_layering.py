@@ -18,7 +18,7 @@ PACKAGE = Path(ablate.__file__).parent
 # and every room names files (`results.layout`).
 ORDER = [
     "files", "distributed", "kernels.spec", "results.layout",
-    "config", "data", "kernels", "model", "balance", "evaluation", "training", "results", "study", "tracking",
+    "config", "data", "kernels", "model", "balance", "evaluation", "tasks", "training", "results", "study", "tracking",
     "analysis", "report", "bench", "api", "cli",
 ]  # fmt: skip
 LONG = 400
@@ -122,7 +122,7 @@ def test_modules_are_short_or_say_why_not(path: Path) -> None:
 @pytest.mark.parametrize(
     ("rooms", "forbidden"),
     [
-        (("config", "data", "kernels", "model", "balance", "evaluation", "training"), ("mlflow", "optuna")),
+        (("config", "data", "kernels", "model", "balance", "evaluation", "tasks", "training"), ("mlflow", "optuna")),
         (("analysis", "report"), ("torch", "lightning", "mlflow", "optuna")),
     ],
     ids=["training-knows-no-tracking", "reports-read-tables-only"],

@@ -101,8 +101,8 @@ def reference_arm(tables: Tables) -> str | None:
     names = arms["arm"].unique().to_list()
     if "reference" in names:
         return "reference"
-    base = tables.study.trial({}).model_dump(mode="json")
-    wanted = {f: base.get(f.partition(".")[0], {}).get(f.partition(".")[2]) for f in tables.factors}
+    base = tables.study.trial({})
+    wanted = {f: base.value(f) for f in tables.factors}
     best: tuple[int, str] | None = None
     for row in arms.unique("arm", keep="first", maintain_order=True).iter_rows(named=True):
         if row["arm"] in tables.study.arms or not tables.factors:

@@ -14,7 +14,7 @@ from ablate.analysis.frames import Tables
 from ablate.analysis.verdicts import Comparison, Runs, findings
 from ablate.config.endpoints import ENDPOINTS
 
-SENSITIVITY = 3.0  # margins that dense(active) must lose to dense(total) for the task to tell layers apart
+GATE = 5.0  # margins that dense(active) must lose to dense(total) before a tree is compared with either
 TOTAL, ACTIVE = "dense_total", "dense_active"
 Activation = tuple[str, float, str]
 
@@ -65,24 +65,51 @@ def _activation(section: dict[str, Any]) -> Activation:
 
 
 def assay(tables: Tables, runs: Runs, total: str = TOTAL, active: str = ACTIVE) -> dict[str, Any] | None:
-    """Whether this task can tell a good layer from a poor one: what dense(active) loses to dense(total), in margins."""
-    quality = tables.study.quality
+    """Whether this task can tell a good layer from a poor one: what dense(active) loses to dense(total), in margins.
+
+    It can (`sensitive`) where the whole 95% interval is at least five margins. None without both controls.
+    """
+    quality, margin = tables.study.quality, tables.study.margin
     best, poor = runs.values.get((total, quality.name), {}), runs.values.get((active, quality.name), {})
     if not best or not poor:
         return None
     gap = quality.sign * float(np.mean(list(poor.values())) - np.mean(list(best.values())))
     ids = [runs.run_ids[arm, s] for arm, v in ((active, poor), (total, best)) for s in v]
-    margins = gap / tables.study.margin
-    return {"gap": gap, "margins": margins, "sensitive": margins >= SENSITIVITY, "run_ids": ids}
+    shared = sorted(best.keys() & poor.keys())
+    interval: list[float] | None = None
+    if len(shared) >= 2:
+        e = contrasts.paired([quality.sign * (poor[s] - best[s]) for s in shared])
+        gap, interval = float(e.effect), [float(e.low), float(e.high)]
+    return {
+        "gap": gap,
+        "interval": interval,
+        "margins": gap / margin,
+        "interval_margins": [end / margin for end in interval] if interval else None,
+        "needed": GATE,
+        "sensitive": interval is not None and interval[0] >= GATE * margin,
+        "n": len(shared),
+        "run_ids": ids,
+    }
 
 
 def insensitive(gap: dict[str, Any] | None) -> str:
-    """Why a task cannot show that a layer is as good as a control; empty where it can."""
+    """Why a task cannot show how a tree compares with a dense layer; empty where it can."""
     if gap is None:
         return "no assay sensitivity known: the study has no dense_total and dense_active controls"
-    if not gap["sensitive"]:
-        return f"the task cannot tell: dense layers of active and total size are {gap['margins']:.1f} margins apart, under 3"
-    return ""
+    if gap["sensitive"]:
+        return ""
+    if gap["interval"] is None:
+        return "the task cannot tell: an interval of the gap between the dense layers needs two seeds that both have"
+    low, high = gap["interval_margins"]
+    return (
+        f"the task cannot tell: dense layers of active and total size are {gap['margins']:.1f} margins apart "
+        f"({low:.1f} to {high:.1f}), and all of that interval must be at least {gap['needed']:g}"
+    )
+
+
+def is_dense(arm: str) -> bool:
+    """Return whether an arm is one of the dense controls that the gate is about, in whatever activation."""
+    return arm.partition(" ")[0] in (TOTAL, ACTIVE)
 
 
 def recovered(
@@ -92,7 +119,7 @@ def recovered(
 
     The interval is Fieller's, over seeds that all three share; null where the gap is not apart from 0. The claim is that
     the share is above 0: p is that of the paired t test of the arm against dense(active), adjusted over this family.
-    Inconclusive whatever the numbers where the gap is under three margins: the task cannot tell.
+    Inconclusive whatever the numbers where the gate fails (see `assay`): the task cannot tell.
     """
     wanted = [(p, gap) for p in pairs(tables, order) if (gap := assay(tables, runs, p.total, p.active))]
     margin, quality = tables.study.margin, tables.study.quality

@@ -41,6 +41,8 @@ def analyse_factors(
     for endpoint, margin in endpoints.items():
         rows = grid.filter(pl.col(endpoint).is_not_null()).sort("arm", "seed")
         problem = _problem(tables, rows, runs)
+        if not problem and rows[endpoint].n_unique() == 1:
+            problem = "every run has the same value"
         if problem:
             out["withheld"].append({"endpoint": endpoint, "reason": problem})
             continue
@@ -110,8 +112,7 @@ def _levels(tables: Tables, factor: str, rows: pl.DataFrame) -> list[str]:
     """Levels that occur, the base's value first (the first of the file's where the base's does not occur)."""
     seen = {level_text(v) for v in rows[FACTOR + factor]}
     wanted = [level_text(v) for v in tables.study.factors[factor].levels or []]
-    section, _, field = factor.partition(".")
-    base = level_text(getattr(getattr(tables.study.trial({}), section), field))
+    base = level_text(tables.study.trial({}).value(factor))
     kept = [w for w in wanted if w in seen] + sorted(seen - set(wanted))
     return sorted(kept, key=lambda v: v != base) if base in kept else kept
 

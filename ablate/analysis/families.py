@@ -89,7 +89,7 @@ def plan(tables: Tables, runs: Runs, gap: dict[str, Any] | None) -> list[Family]
             c.endpoint,
             cast(Claim, c.claim),
             c.margin,
-            "; ".join(filter(None, (early, _insensitive(c.reference, c.claim, known, gap)))),
+            "; ".join(filter(None, (early, _insensitive(c.reference, gap)))),
         )
         for c in study.contrasts
     ]
@@ -137,20 +137,21 @@ def _dense(
         ("dense_none", quality.better),
     ):
         if control in known:
-            block = _insensitive(control, claim, known, gap)
+            block = _insensitive(control, gap)
             out += [Comparison(a, control, quality.name, cast(Claim, claim), margin, block) for a in trees]
     for pair in controls.pairs(tables, trees):
         if pair.own:
             block = controls.insensitive(controls.assay(tables, runs, pair.total, pair.active))
             out.append(Comparison(pair.arm, pair.total, quality.name, "matches", margin, block))
-            out.append(Comparison(pair.arm, pair.active, quality.name, quality.better, margin))
+            out.append(Comparison(pair.arm, pair.active, quality.name, quality.better, margin, block))
     if "moe" in known:
         out += [Comparison(a, "moe", quality.name, "differs", margin) for a in trees]
     return out
 
 
-def _insensitive(reference: str, claim: str, known: set[str], gap: dict[str, Any] | None) -> str:
-    return controls.insensitive(gap) if claim == "matches" and reference in known else ""
+def _insensitive(reference: str, gap: dict[str, Any] | None) -> str:
+    """Return why the gate forbids a comparison with `reference`; empty where it is no dense layer or the gate is passed."""
+    return controls.insensitive(gap) if controls.is_dense(reference) else ""
 
 
 def interim(tables: Tables) -> str:

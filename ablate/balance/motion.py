@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ablate.balance.usage import MOTION_SCHEMA
 from ablate.kernels.reference import path_nodes
-from ablate.model.transformer import evaluating
+from ablate.model.network import evaluating
 from ablate.model.tree import TreeFeedForward
 
 GATHER_BUDGET = 1 << 22

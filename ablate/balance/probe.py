@@ -7,7 +7,7 @@ flips and the ceiling are measured at evaluations on the probe tokens: the first
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ from ablate.balance import metrics
 from ablate.balance.nodes import NodeSums, row_norms
 from ablate.balance.usage import rows, tree_rows
 from ablate.distributed import rank, sum_over_ranks, world_size
-from ablate.model.transformer import evaluating
+from ablate.model.network import evaluating
 from ablate.model.tree import TreeFeedForward
 
 MIN_PROBE = 8192
@@ -33,6 +33,11 @@ BATCH = 2048
 """Probe tokens run at a time."""
 DENSE_NODES = 32
 """Nodes per level of a tree up to which one product for all beats gathering each token's rows."""
+
+Loss = Callable[[nn.Module, Tensor], Tensor]
+"""Mean loss of a model on a batch of inputs: what a probe takes gradients of."""
+Labels = Callable[[Tensor], Tensor | None]
+"""A whole number for each token [N] that the inputs give to a layer: what routing may tell apart; None where there is none."""
 
 # Names beside metrics.summary with the side on which they are bad, where there is one.
 _WORST = {"flip_rate": np.nanmax, "router_offset": np.nanmax, "informativeness": np.nanmin, "ceiling": np.nanmin}
@@ -78,8 +83,8 @@ class ProbeResult:
 
     leaves: NDArray[np.int16]
     """[layers, K, P]."""
-    tokens: NDArray[np.int64]
-    """[P] ids."""
+    labels: NDArray[np.int64] | None
+    """[P]: ids of text, classes of facts; None where inputs have no name."""
     skew: NDArray[np.float64]
     """[layers, K, M]."""
     offset: NDArray[np.float64]
@@ -95,18 +100,24 @@ class Probe:
 
     In a distributed run counts, skew and offset are those of all ranks; flips, informativeness and the ceiling are
     those of each rank's own share of the probe tokens.
+
+    Args:
+        loss: mean loss on inputs; that of next tokens where not given.
+        labels: names of the tokens in inputs; of all ids but the last of each row where not given.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, loss: Loss | None = None, labels: Labels | None = None) -> None:
+        self._loss, self._labels = loss or next_token_loss, labels or previous_tokens
         self._trees: list[TreeFeedForward] = []
         self._model: nn.Module | None = None
         self._ids: list[Tensor] = []
+        self._rows: list[int] = []  # tokens that each of these gave to a layer
         self._collecting = True
         self._previous: NDArray[np.int16] | None = None
         self._counts = self._train_counts = np.zeros((0, 1, 1), dtype=np.int64)
 
     def attach(self, model: nn.Module) -> None:
-        """Watch the tree layers of `model`, first layer first; the model maps int64 ids [B, T] to logits [B, T, V]."""
+        """Watch the tree layers of `model`, first layer first."""
         self._model = model
         self._trees = [m for m in model.modules() if isinstance(m, TreeFeedForward)]
         if self._trees:
@@ -131,12 +142,13 @@ class Probe:
             self._result = self._measure()
             self._tree_metrics = self._compare()
 
-    def watch(self, tokens: Tensor) -> None:
-        """Add the leaves of the held-out batch, ids [B, T], that was just run."""
+    def watch(self, inputs: Tensor) -> None:
+        """Add the leaves of the held-out batch that was just run."""
         for layer, tree in enumerate(self._trees):
             self._held_out.add(layer, _last_leaves(tree))
-        if self._trees and self._collecting and sum(ids.numel() for ids in self._ids) < self._wanted():
-            self._ids.append(tokens.cpu())
+        if self._trees and self._collecting and sum(self._rows) < self._wanted():
+            self._ids.append(inputs.cpu())
+            self._rows.append(_last_leaves(self._trees[0]).shape[0])
 
     def counts(self) -> NDArray[np.int64]:
         """Held-out leaf counts [layers, K, L] of the last evaluation, summed over ranks."""
@@ -179,7 +191,7 @@ class Probe:
 
     @property
     def ids(self) -> list[Tensor]:
-        """The probe tokens, ids [B, T], from the first evaluation on."""
+        """The probe's batches of inputs, from the first evaluation on."""
         return self._ids
 
     def training_counts(self) -> Tensor | None:
@@ -205,11 +217,12 @@ class Probe:
         sums = [NodeSums(spec, tree.w_in.device) for tree in self._trees]
         leaves: list[list[Tensor]] = [[] for _ in self._trees]
         inputs: list[list[Tensor]] = [[] for _ in self._trees]
-        tokens = sum(ids[:, 1:].numel() for ids in self._ids)
+        labels = [self._labels(ids) for ids in self._ids]
+        tokens = sum(n if names is None else names.numel() for names, n in zip(labels, self._rows, strict=True))
         ceilings = tokens >= 64 * spec.leaves and layers * tokens * self._trees[0].w_in.shape[-1] <= MAX_KEPT
-        for ids in self._ids:
-            for part in torch.split(ids, max(1, BATCH // ids.shape[1])):
-                for layer, seen in enumerate(look(self._model, self._trees, part)):
+        for ids, size in zip(self._ids, self._rows, strict=True):
+            for part in torch.split(ids, max(1, BATCH * ids.shape[0] // size)):
+                for layer, seen in enumerate(look(self._model, self._trees, part, self._loss)):
                     seen.add_to(sums[layer])
                     leaves[layer].append(seen.leaves.to("cpu", torch.int16))
                     if ceilings:
@@ -220,7 +233,9 @@ class Probe:
         kept = zip(inputs, self._trees, strict=True)
         return ProbeResult(
             leaves=np.stack([torch.cat(parts).T.contiguous().numpy() for parts in leaves]),
-            tokens=torch.cat([ids[:, :-1].reshape(-1) for ids in self._ids]).numpy(),
+            labels=torch.cat(named).numpy()
+            if len(named := [n for n in labels if n is not None]) == len(labels)
+            else None,
             skew=np.stack([s.skew() for s in sums]),
             offset=np.stack([s.offset() for s in sums]),
             ceiling=np.stack([tree_ceilings(torch.cat(x), tree) if ceilings else unknown for x, tree in kept]),
@@ -230,7 +245,12 @@ class Probe:
     def _compare(self) -> dict[str, NDArray[np.float64]]:
         """What is known of each tree beside its counts, [layers, K]."""
         result, shape = self._result, self._counts.shape[:2]
-        found = metrics.informativeness(result.leaves, result.tokens, np.random.default_rng(0))
+        unknown = np.full(shape, np.nan)
+        found = (
+            metrics.Informativeness(unknown, unknown)
+            if result.labels is None
+            else metrics.informativeness(result.leaves, result.labels, np.random.default_rng(0))
+        )
         traffic = (
             np.concatenate(metrics.node_counts(self._counts)[:-1], axis=-1, dtype=np.float64)
             if (self._counts.shape[-1] > 1)
@@ -239,7 +259,7 @@ class Probe:
         leaf_norm, gone = self._norms[0][..., -self._counts.shape[-1] :], metrics.dead(self._counts)
         before, self._previous = self._previous, result.leaves
         return {
-            "flip_rate": np.full(shape, np.nan) if before is None else metrics.flip_rate(before, result.leaves),
+            "flip_rate": unknown if before is None else metrics.flip_rate(before, result.leaves),
             "informativeness": found.observed,
             "informativeness_shuffled": found.shuffled,
             "ceiling": result.ceiling,
@@ -274,8 +294,19 @@ class Seen:
             sums.add_gradients(self.x, self.gy, w_out, self.leaves, self.responses, node_backward)
 
 
-def look(model: nn.Module, trees: list[TreeFeedForward], ids: Tensor) -> list[Seen]:
-    """What each tree layer saw and which gradient came back, for next-token loss on ids [B, T], in eval mode.
+def next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:
+    """Return the mean next-token loss (nats) of ids [B, T + 1]."""
+    logits = model(ids[:, :-1])
+    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), ids[:, 1:].reshape(-1))
+
+
+def previous_tokens(ids: Tensor) -> Tensor:
+    """Return the ids that a next-token model reads of ids [B, T + 1]."""
+    return ids[:, :-1].reshape(-1)
+
+
+def look(model: nn.Module, trees: list[TreeFeedForward], inputs: Tensor, loss: Loss = next_token_loss) -> list[Seen]:
+    """What each tree layer saw and which gradient came back, for a loss on inputs, in eval mode.
 
     Nothing is accumulated in parameters: the backward pass goes to the layers' outputs only.
     """
@@ -300,10 +331,8 @@ def look(model: nn.Module, trees: list[TreeFeedForward], ids: Tensor) -> list[Se
     handles = [tree.register_forward_hook(hook) for tree in trees]
     try:
         with torch.enable_grad(), evaluating(model):
-            ids = ids.to(trees[0].w_in.device)
-            logits = model(ids[:, :-1])
-            loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), ids[:, 1:].reshape(-1))
-            grads = torch.autograd.grad(loss, outputs)
+            value = loss(model, inputs.to(trees[0].w_in.device))
+            grads = torch.autograd.grad(value, outputs)
     finally:
         for handle in handles:
             handle.remove()
@@ -312,7 +341,9 @@ def look(model: nn.Module, trees: list[TreeFeedForward], ids: Tensor) -> list[Se
 
 
 def tree_ceilings(x: Tensor, tree: TreeFeedForward) -> NDArray[np.float64]:
-    """`metrics.ceiling` of each tree [K] for layer inputs x [N, d] in the order of the text."""
+    """`metrics.ceiling` of each tree [K] for layer inputs x [N, d] in the order of the text; NaN where no node decides."""
+    if tree.hash_keys is not None:
+        return np.full(tree.spec.trees, np.nan)
     w, b = (None if t is None else t.detach().to(x.device) for t in tree.router())
     assert w is not None
     out = []

@@ -19,8 +19,9 @@ from ablate.balance.nodes import row_norms
 from ablate.balance.probe import UsageCounter
 from ablate.config import ConfigError, Section
 from ablate.kernels.spec import TreeSpec
+from ablate.model.network import evaluating
 from ablate.model.ragged import RaggedFeedForward, keep, replace_layer
-from ablate.model.transformer import Transformer, evaluating
+from ablate.model.transformer import Transformer
 from ablate.model.tree import TreeFeedForward
 
 Counts = NDArray[np.int64]

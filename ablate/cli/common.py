@@ -166,10 +166,13 @@ def number(text: str) -> int:
 
 
 def corpus_in(file: Path) -> Any:
-    """The prepared corpus of a study file."""
+    """The prepared corpus of a study file; raises ConfigError for one of a task that reads no text."""
     from ablate.data import tokens
 
-    return tokens.prepare(load_study(file).trial({}).corpus, DATA)
+    trial = load_study(file).trial({})
+    if trial.task.kind != "language":
+        raise ConfigError(f"study file {str(file)!r} is of task {trial.task.kind!r}: it has no corpus")
+    return tokens.prepare(trial.corpus, DATA)
 
 
 def show(drawing: Any) -> None:

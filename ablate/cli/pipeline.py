@@ -27,7 +27,7 @@ from ablate.cli.common import (
     with_progress,
 )
 from ablate.cli.waiting import Steps, busy
-from ablate.config import ConfigError, load_study
+from ablate.config import ConfigError, Trial, load_study
 from ablate.files import write_text
 from ablate.training.lifeline import die_with
 
@@ -47,6 +47,9 @@ def prepare(
     from ablate.data import tokens
 
     trial = load_study(file).trial({})
+    if trial.task.kind != "language":
+        _drawn(trial, card, as_json=as_json)
+        return
     prepared = with_progress(
         lambda report: tokens.prepare(trial.corpus, DATA, force=force, progress=report), quiet=as_json
     )
@@ -59,6 +62,18 @@ def prepare(
         splits = [[name, *(f"{v:,}" for v in part.values())] for name, part in described["splits"].items()]
         table_of("Corpus", ["split", *next(iter(described["splits"].values()))], splits)
         print(f"{described['folder']}  data {described['data_hash']}  licence: {described['licence']}")
+
+
+def _drawn(trial: Trial, card: Path | None, *, as_json: bool) -> None:
+    """Say that a task's data needs no preparation, and write its card."""
+    from ablate.tasks.registry import open_task
+
+    described = open_task(trial, DATA).card
+    if card is not None:
+        write_text(card, json.dumps(described, indent=1, sort_keys=True) + "\n")
+    print(
+        json.dumps(described) if as_json else f"Task {trial.task.kind!r} draws its data from seeds: nothing to prepare."
+    )
 
 
 @app.command()
@@ -223,11 +238,12 @@ def reproduce(
             )
         )
     else:
-        rows = [[str(step), f"{bpb!r}", f"{found.after.get(step)!r}"] for step, bpb in found.before.items()]
-        table_of(f"Trial {found.trial}", ["step", "bpb then", "bpb now"], rows)
+        rows = [[str(step), f"{then!r}", f"{found.after.get(step)!r}"] for step, then in found.before.items()]
+        table_of(f"Trial {found.trial}", ["step", f"{found.endpoint} then", f"{found.endpoint} now"], rows)
         for name, (then, now) in found.changed.items():
             print(f"{name}: {then} then, {now} now")
-        print("Equal bit for bit." if found.equal else f"Not equal: bpb differs by up to {found.largest_difference:g}.")
+        differs = f"Not equal: {found.endpoint} differs by up to {found.largest_difference:g}."
+        print("Equal bit for bit." if found.equal else differs)
         if keep:
             print(
                 f"weights: {found.weights}" if found.weights else "Its weights are not kept: they are another model's."

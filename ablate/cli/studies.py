@@ -118,15 +118,15 @@ def study_plan(
     as_json: Json = False,
 ) -> None:
     """Show arms or a search's space, trials and the predicted wall time (from short probes), and run nothing."""
-    from ablate.model.counts import count
     from ablate.study.forecast import forecast
+    from ablate.tasks.registry import planned_cost
 
     study = parse(Study, changed(file, settings)) if settings else load_study(file)
     found = forecast(study, ROOT, workers=workers, say=(lambda text: None) if as_json else say)
     rows = []
     for arm in found.plan.arms:
         of_arm = [t for t in found.plan.trials if t.arm == arm.label]
-        cost = count(of_arm[0].trial, of_arm[0].trial.corpus.vocab_size) if of_arm else None
+        cost = planned_cost(of_arm[0].trial) if of_arm else None
         rows.append(
             {
                 "arm": arm.label,

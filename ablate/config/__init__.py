@@ -8,6 +8,7 @@ from ablate.config.search import Finalists, Sampler
 from ablate.config.section import Section, digest, parse
 from ablate.config.settings import Corpus, Dense, Mixture, Model, Questions, Train, Tree, Trial
 from ablate.config.study import NAME, Budget, Contrast, Factor, Levels, Scalar, Study, check_field, integer_field
+from ablate.config.task import Task
 from ablate.config.tune import Bracket, Tune
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "Scalar",
     "Section",
     "Study",
+    "Task",
     "Train",
     "Tree",
     "Trial",

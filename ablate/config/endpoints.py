@@ -15,6 +15,8 @@ class Measured(Protocol):
     @property
     def bpb(self) -> float | None: ...  # noqa: D102
     @property
+    def task(self) -> dict[str, float]: ...  # noqa: D102
+    @property
     def balance(self) -> dict[str, float]: ...  # noqa: D102
 
 
@@ -40,11 +42,11 @@ class Endpoint:
     short: str
     """In sentences with a number before it, and in tables."""
     better: Literal["lower", "higher"]
-    margin: Literal["margin", "min_effect_n_eff"]
-    """The study's setting within which two arms count as equal."""
+    margin: Literal["margin", "min_effect_n_eff"] | float
+    """The study's setting within which two arms count as equal, or that number itself."""
     scale: float = 1.0
     """What that setting is multiplied by, where its unit is another endpoint's."""
-    part: Literal["bpb", "balance"]
+    part: Literal["bpb", "task", "balance"]
     """Where an evaluation has it."""
     behind: float = 0.0
     """A run that is worse than the median of its arm by more than this is outlying; 0 where runs have no heavy tail."""
@@ -72,11 +74,13 @@ class Endpoint:
 
     def value(self, evaluation: Measured) -> float | None:
         """Return its value at an evaluation; None where it was not measured."""
-        return evaluation.bpb if self.part == "bpb" else evaluation.balance.get(self.name)
+        if self.part == "bpb":
+            return evaluation.bpb
+        return (evaluation.task if self.part == "task" else evaluation.balance).get(self.name)
 
     def margin_of(self, study: Margins) -> float:
         """Return the difference within which a study's arms count as equal."""
-        return self.scale * (study.margin if self.margin == "margin" else study.min_effect_n_eff)
+        return self.scale * (getattr(study, self.margin) if isinstance(self.margin, str) else self.margin)
 
 
 BPB = Endpoint(
@@ -93,6 +97,70 @@ BPB = Endpoint(
 )
 """Quality of a language model, on the held-out slice. Now and then a run learns late and stays behind: 14 of the 138 arm
 trials of `confirm`, `restored` and `equal_active` by over 0.05, 0.080 on average, 0.20 at most."""
+KBIT_STORED = Endpoint(
+    name="kbit_stored",
+    label="kbit stored",
+    unit="kbit",
+    short="kbit",
+    better="higher",
+    margin="margin",
+    part="task",
+    worst=0.0,
+    form=".2f",
+)
+"""Quality of a memory of facts: what it knows of all classes, N (log2 C - cross-entropy) / 1000, never under 0."""
+UNEXPLAINED = Endpoint(
+    name="unexplained",
+    label="variance unexplained",
+    unit="share of the teacher's variance that a linear map leaves",
+    short="unexplained",
+    better="lower",
+    margin="margin",
+    part="task",
+    form=".4f",
+)
+"""Quality of a student: mean squared error on fresh inputs, over what the best linear map leaves."""
+ACCURACY = Endpoint(
+    name="accuracy",
+    label="accuracy",
+    unit="share of answers",
+    short="accuracy",
+    better="higher",
+    margin=0.01,
+    part="task",
+    worst=0.0,
+)
+NATS = Endpoint(
+    name="nats",
+    label="held-out nats",
+    unit="nats an image",
+    short="nats",
+    better="lower",
+    margin="margin",
+    part="task",
+    form=".4f",
+)
+"""Quality of a classifier: cross-entropy on images that training never sees."""
+TASK_ENDPOINTS: dict[str, tuple[Endpoint, ...]] = {
+    "language": (BPB,),
+    "facts": (
+        KBIT_STORED,
+        Endpoint(
+            name="bits_per_param",
+            label="bits stored / feed-forward parameter",
+            unit="bits a parameter",
+            short="bits a parameter",
+            better="higher",
+            margin=0.05,
+            part="task",
+            worst=0.0,
+        ),
+        ACCURACY,
+    ),
+    "teacher": (UNEXPLAINED,),
+    "digits": (NATS, ACCURACY),
+}
+"""What each kind of task measures beside balance; its quality first."""
 N_EFF = Endpoint(
     name="n_eff_frac",
     label="effective leaves / L",
@@ -149,7 +217,7 @@ EQUIVALENT = Endpoint(
 ENDPOINTS: dict[str, Endpoint] = {
     endpoint.name: endpoint
     for endpoint in (
-        BPB,
+        *(endpoint for of_task in TASK_ENDPOINTS.values() for endpoint in of_task),
         N_EFF,
         Endpoint(
             name="dead_frac",
@@ -171,6 +239,16 @@ if TYPE_CHECKING:
 else:
     EndpointName = Literal[tuple(ENDPOINTS)]
 """The name of an endpoint; a study file with another one is refused."""
+
+
+def measured_by(kind: str) -> list[Endpoint]:
+    """Return the endpoints that trials of a kind of task measure: its own, quality first, then those of balance."""
+    return [*TASK_ENDPOINTS[kind], *(e for e in ENDPOINTS.values() if e.part == "balance")]
+
+
+def quality_of(kind: str) -> Endpoint:
+    """Return the endpoint that says how good a model of a kind of task is."""
+    return TASK_ENDPOINTS[kind][0]
 
 
 def endpoints(names: list[str]) -> list[Endpoint]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-Preset = Literal["nano", "small", "gpt2-small", "opt-1.3b", "gpt-1.3b"]
+Preset = Literal["nano", "small", "gpt2-small", "opt-1.3b", "gpt-1.3b", "facts", "teacher", "digits"]
 
 _BILLION = {
     "batch_size": 512,
@@ -14,6 +14,19 @@ _BILLION = {
     "eval_every": 1000,
     "eval_tokens": 262144,
     "activation_checkpointing": True,
+}
+
+_SMALL_TREE = {"trees": 4, "depth": 5, "leaf_width": 1}
+_SMALL = {
+    "batch_size": 1024,
+    "steps": 2000,
+    "warmup": 0.0,
+    "final_lr": 0.0,
+    "betas": (0.9, 0.98),
+    "weight_decay": 0.0,
+    "eval_every": 500,
+    "eval_tokens": 8192,
+    "checkpoint_every": 500,
 }
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
@@ -52,5 +65,24 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "tree": {"trees": 8, "depth": 8, "leaf_width": 3},
         "train": _BILLION,
         "corpus": {"vocab_size": 50257},
+    },
+    # One layer of 252 units of which a token activates 24; some seconds a trial on one core.
+    "facts": {
+        "task": {"kind": "facts"},
+        "model": {"d_model": 64, "blocks": 1, "heads": 1},
+        "tree": _SMALL_TREE,
+        "train": _SMALL | {"lr": 5e-3},
+    },
+    "teacher": {
+        "task": {"kind": "teacher"},
+        "model": {"d_model": 64, "blocks": 1, "heads": 1},
+        "tree": _SMALL_TREE,
+        "train": _SMALL | {"lr": 5e-3},
+    },
+    "digits": {
+        "task": {"kind": "digits"},
+        "model": {"d_model": 64, "blocks": 2, "heads": 4, "context": 16},
+        "tree": _SMALL_TREE,
+        "train": {"batch_size": 64, "steps": 600, "eval_every": 150, "checkpoint_every": 300},
     },
 }

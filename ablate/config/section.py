@@ -5,9 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from functools import cache
-from typing import Any, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+)
 from pydantic_core import PydanticCustomError
 
 from ablate.config.errors import ConfigError, echo
@@ -29,6 +37,23 @@ class Settings(Section):
     def _no_switch(cls, value: Any, info: ValidationInfo) -> Any:
         assert info.field_name is not None
         return no_switch(cls, info.field_name, value)
+
+
+class Grown(Settings):
+    """Base of settings that have fields which published studies did not know.
+
+    At its default such a field is left out of the dump, so that hashes of published trials stay as they are.
+    """
+
+    later: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _as_published(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = dump(self)
+        for name in self.later:
+            if getattr(self, name) == type(self).model_fields[name].default:
+                data.pop(name, None)
+        return data
 
 
 def no_switch(kind: type[Section], field: str, value: Any) -> Any:

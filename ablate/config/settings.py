@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ablate.config.section import Settings, digest
+from ablate.config.section import Grown, Settings, digest
+from ablate.config.task import DIGIT_PATCHES, Task
 from ablate.kernels.spec import TRAITS, Activation, NodeBackward, Placement
 
 Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
@@ -95,8 +96,9 @@ class Tree(Settings):
     """sign: thresholds stay at 0; centred: they follow each node's balance, without a loss term."""
     router_input: Literal["raw", "centred"] = "raw"
     """centred: nodes decide by x minus its running mean over tokens."""
-    router: Literal["tied", "frozen"] = "tied"
-    """tied: nodes decide by their learnt weights; frozen: by a copy of their initial ones."""
+    router: Literal["tied", "frozen", "separate", "hash"] = "tied"
+    """tied: nodes decide by their learnt weights; frozen: by a copy of their initial ones; separate: by weights of their own that
+    never learn; hash: a leaf follows from a hash of the signs of x."""
     node_backward: NodeBackward = "own"
     """Slope in the gradients of node w_in and b only: phi'(z), its mean with phi'(-z), phi'(-z), or f'(z) whatever the mirror."""
     init: Literal["uniform", "zero_bias", "orthogonal", "median_split"] = "uniform"
@@ -113,6 +115,10 @@ class Tree(Settings):
             raise ValueError(f"node_backward is {self.node_backward!r}: it needs placement 'unit' and node_output on")
         if self.init in {"zero_bias", "median_split"} and not self.bias:
             raise ValueError(f"init is {self.init!r}: it needs bias on")
+        if self.router == "hash" and (self.routing, self.router_input) != ("sign", "raw"):
+            raise ValueError(
+                f"routing is {self.routing!r}, router_input {self.router_input!r}: router 'hash' takes 'sign' and 'raw' only"
+            )
         return self
 
     @property
@@ -180,8 +186,10 @@ class Model(Settings):
         return self
 
 
-class Train(Settings):
+class Train(Grown):
     """One training run."""
+
+    later: ClassVar[frozenset[str]] = frozenset({"router_steps", "router_rate"})
 
     steps: Positive = 300
     """Optimizer steps."""
@@ -205,6 +213,10 @@ class Train(Settings):
     """Largest norm of the gradient."""
     node_lr_scale: Annotated[float, Field(gt=0, le=100)] = 1.0
     """Learning rate of node rows, as a multiple of lr."""
+    router_steps: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    """With tree.router frozen: optimizer steps after which it still follows its nodes; then it stands still."""
+    router_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the way to its nodes' weights that a frozen router goes at each of these steps; 1 copies them."""
     tree_decay: Annotated[float, Field(ge=0, le=10)] | None = None
     """Weight decay of tree weights; weight_decay where not given."""
     decay_rows: Literal["all", "active"] = "all"
@@ -241,6 +253,8 @@ class Train(Settings):
                 "strategy is 'fsdp': it is not supported, as decay of single rows and the balance metrics read whole "
                 "weights; 'ddp' is expected"
             )
+        if self.router_rate != 1 and not self.router_steps:
+            raise ValueError(f"router_rate is {self.router_rate}: it needs router_steps")
         parts = self.accumulate * self.devices
         if self.batch_size % parts:
             raise ValueError(
@@ -260,9 +274,12 @@ class Questions(Settings):
     """Only so many questions of each task."""
 
 
-class Trial(Settings):
+class Trial(Grown):
     """Everything that determines one training run."""
 
+    later: ClassVar[frozenset[str]] = frozenset({"task"})
+
+    task: Task = Task()
     corpus: Corpus = Corpus()
     model: Model = Model()
     tree: Tree = Tree()
@@ -278,16 +295,46 @@ class Trial(Settings):
     @model_validator(mode="after")
     def _together(self) -> Self:
         leaves, probe = self.tree.leaves, self.train.eval_tokens
-        if self.model.feedforward == "tree" and probe < 64 * leaves:
+        if self.task.kind != "language":
+            self._without_text()
+        if self.train.router_steps and self.tree.router != "frozen":
+            raise ValueError(f"train.router_steps is {self.train.router_steps}: it needs tree.router 'frozen'")
+        if self.tree.router == "hash" and self.model.feedforward == "tree":
+            for name in ("region_leak", "load_loss", "motion"):
+                if getattr(self.train, name):
+                    raise ValueError(f"train.{name} is {getattr(self.train, name)}: tree.router 'hash' has no weights")
+        if self.task.kind in ("language", "teacher") and self.model.feedforward == "tree" and probe < 64 * leaves:
             raise ValueError(
                 f"train.eval_tokens is {probe}: depth {self.tree.depth} needs at least 64 x leaves = {64 * leaves}"
             )
         return self
 
+    def _without_text(self) -> None:
+        """Refuse what only language models have."""
+        kind = self.task.kind
+        if self.corpus != Corpus():
+            raise ValueError(f"corpus: task {kind!r} reads no text; only 'language' does")
+        if self.questions.tasks:
+            raise ValueError(f"questions.tasks is {list(self.questions.tasks)}: task {kind!r} has no questions")
+        if kind == "digits" and self.model.context < DIGIT_PATCHES:
+            raise ValueError(f"model.context is {self.model.context}: task 'digits' reads {DIGIT_PATCHES} patches")
+        if self.train.devices > 1:
+            raise ValueError(f"train.devices is {self.train.devices}: task {kind!r} trains on one")
+
+    @property
+    def positions(self) -> int:
+        """Tokens that one example of a batch gives to a feed-forward layer."""
+        return {"language": self.model.context, "digits": DIGIT_PATCHES}.get(self.task.kind, 1)
+
     @property
     def tokens(self) -> int:
         """Training tokens."""
-        return self.train.steps * self.train.batch_size * self.model.context
+        return self.train.steps * self.train.batch_size * self.positions
+
+    def value(self, key: str) -> Any:
+        """Return the value of a dotted field."""
+        section, _, field = key.partition(".")
+        return getattr(getattr(self, section), field)
 
     def hash(self) -> str:
         """Short content hash of the whole configuration."""

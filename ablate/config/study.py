@@ -9,12 +9,21 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from ablate.config.endpoints import BPB, Endpoint, EndpointName, endpoints
+from ablate.config.endpoints import (
+    BPB,
+    TASK_ENDPOINTS,
+    Endpoint,
+    EndpointName,
+    endpoints,
+    measured_by,
+    quality_of,
+)
 from ablate.config.errors import ConfigError, echo
 from ablate.config.presets import PRESETS, Preset
 from ablate.config.search import Finalists, Sampler
 from ablate.config.section import Section, Settings, no_switch, parse
 from ablate.config.settings import Dense, Mixture, Model, Positive, Seed, Train, Tree, Trial
+from ablate.config.task import Task, kind_of
 from ablate.config.tune import Bracket, Tune
 from ablate.config.tune import read as read_tune
 
@@ -44,7 +53,7 @@ Scalar = bool | int | float | str | None
 
 
 class Factor(Settings):
-    """One choice under study: a field of Tree, Model, Dense or Train, with its levels or range."""
+    """One choice under study: a field of Tree, Model, Dense, Mixture, Train or Task, with its levels or range."""
 
     levels: Annotated[list[Scalar], Field(min_length=1)] | None = None
     """The values to compare."""
@@ -108,7 +117,7 @@ class Study(Settings):
     preset: Preset = "nano"
     """Sizes that the base starts from; the last table lists them."""
     base: dict[str, Any] = {}
-    """Sections of a trial (corpus, model, tree, dense, moe, train, questions), over the preset."""
+    """Sections of a trial (task, corpus, model, tree, dense, moe, train, questions), over the preset."""
     factors: dict[str, Factor] = {}
     """Dotted field (tree.mirror) to its levels; a plain list of levels is enough."""
     fraction: list[str] = []
@@ -145,7 +154,8 @@ class Study(Settings):
     warm_start: str | None = None
     """`search`: an earlier search of the same factors, shown to the sampler before the first candidate."""
     margin: Annotated[float, Field(gt=0)] = 0.01
-    """bpb within which two arms count as equal."""
+    """Difference in the task's quality (bpb of a language model) within which two arms count as equal; a task other than
+    language has no default."""
     min_effect_n_eff: Annotated[float, Field(gt=0)] = 0.05
     """n_eff_frac within which two arms count as equally balanced."""
 
@@ -159,7 +169,7 @@ class Study(Settings):
             data = {**data, "sampler": {"name": data["sampler"]}}
         if isinstance(data, dict) and "tune" in data:
             data = {**data, "tune": read_tune(data["tune"])}
-        return data
+        return _with_quality(data) if isinstance(data, dict) else data
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -171,6 +181,7 @@ class Study(Settings):
             )
         if self.pruner and self.design != "search":
             raise ValueError(f"pruner is {self.pruner!r}: only design 'search' prunes")
+        self._measured()
         _once("seeds", self.seeds)
         _once("objectives", self.objectives)
         _once("finalists.seeds", self.finalists.seeds)
@@ -215,6 +226,21 @@ class Study(Settings):
             if set(own) & set(others):
                 raise ValueError(f"{name} is {echo(own)}: they must differ from {other} = {echo(others)}")
 
+    def _measured(self) -> None:
+        """Check that the task measures what is optimised, and that its margin was chosen."""
+        kind = self.task
+        if kind not in TASK_ENDPOINTS:
+            return  # the trial's own check says which there are
+        known = [endpoint.name for endpoint in measured_by(kind)]
+        for name in self.objectives:
+            if name not in known:
+                raise ValueError(f"objectives is {self.objectives}: task {kind!r} measures {', '.join(known)}")
+        if kind != "language" and "margin" not in self.model_fields_set:
+            raise ValueError(
+                f"margin is missing: task {kind!r} is judged in {quality_of(kind).label}; say which difference is too "
+                f"small to matter"
+            )
+
     def _levels(self) -> None:
         """Check that no factor has one level in two spellings, and that conditions name levels that exist."""
         settled: dict[str, dict[Any, Scalar]] = {}
@@ -247,9 +273,14 @@ class Study(Settings):
             raise ValueError(f"finalists.seeds is {self.finalist_seeds}: they must differ from seeds = {self.seeds}")
 
     @property
+    def task(self) -> str:
+        """The kind of task that its trials have."""
+        return kind_of(self.base, PRESETS[self.preset])
+
+    @property
     def quality(self) -> Endpoint:
         """The endpoint that says how good a trained model of this study is."""
-        return BPB
+        return quality_of(self.task)
 
     @property
     def goals(self) -> list[Endpoint]:
@@ -295,8 +326,21 @@ class Study(Settings):
         return parse(Trial, {**merged, "init_seed": seed, "data_seed": seed}, where="base")
 
 
+def _with_quality(data: dict[str, Any]) -> dict[str, Any]:
+    """Return a study's plain data with its task's quality where an endpoint is left out, for tasks other than language."""
+    preset = data.get("preset", Study.model_fields["preset"].default)
+    kind = kind_of(data.get("base"), PRESETS[preset] if isinstance(preset, str) and preset in PRESETS else {})
+    if kind not in TASK_ENDPOINTS or kind == "language":
+        return data
+    name = quality_of(kind).name
+    named = data.get("contrasts")
+    if isinstance(named, list):
+        data = {**data, "contrasts": [{"endpoint": name, **c} if isinstance(c, dict) else c for c in named]}
+    return {"objectives": [name], **data}
+
+
 def _sections() -> dict[str, type[Section]]:
-    return {"tree": Tree, "model": Model, "dense": Dense, "moe": Mixture, "train": Train}
+    return {"tree": Tree, "model": Model, "dense": Dense, "moe": Mixture, "train": Train, "task": Task}
 
 
 def factor_fields() -> list[str]:
@@ -306,6 +350,8 @@ def factor_fields() -> list[str]:
 
 def _field(key: str) -> tuple[str, str]:
     """Return section and field of a dotted factor name; raises ConfigError with the names that exist."""
+    if key == "task.kind":
+        raise ConfigError("factor 'task.kind' is none: trials of one study have one task")
     section, _, field = key.partition(".")
     sections = _sections()
     if section not in sections:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ablate.distributed import sum_over_ranks
-from ablate.model.transformer import evaluating
+from ablate.model.network import evaluating
 
 WINDOWS_SCHEMA: dict[str, pl.DataType] = {"window": pl.Int32(), "bytes": pl.Int32(), "bits": pl.Float32()}
 """One row a window of the held-out slice: its place in the text, and the bytes and bits of its targets."""

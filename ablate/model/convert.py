@@ -25,7 +25,7 @@ from ablate.config.text import load_json, read_text
 from ablate.model import neuron_placement
 from ablate.model.auto import PREFIX
 from ablate.model.mlps import Found, TreeMlp, find_mlps, replace
-from ablate.model.transformer import evaluating
+from ablate.model.network import evaluating
 from ablate.model.tree import TreeFeedForward
 
 HELD_OUT = 4

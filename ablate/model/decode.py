@@ -113,7 +113,7 @@ def tree_step(tree: TreeFeedForward) -> TreeStep | None:
     """Return a step where the layer's backend has one; None elsewhere: the layer's own forward is used then."""
     w = tree.w_in
     chosen = choose(tree.backend, w.device, w.dtype)
-    if chosen == REFERENCE:
+    if chosen == REFERENCE or tree.hash_keys is not None:
         return None
     run = load(chosen).decoder(
         w, tree.b, tree.w_out, tree.effective_thresholds(), tree.router_w, tree.router_b, tree.spec

@@ -12,12 +12,18 @@ from ablate.config import ConfigError
 
 def uniform_(w_in: Tensor, b: Tensor | None, w_out: Tensor, active_units: int, generator: torch.Generator) -> None:
     """w_in, b ~ U(±1/sqrt d), w_out ~ U(±1/sqrt A) (UltraFastBERT's ranges)."""
-    bound = 1 / math.sqrt(w_in.shape[-1])
+    rows_(w_in, b, generator)
     with torch.no_grad():
-        w_in.uniform_(-bound, bound, generator=generator)
-        if b is not None:
-            b.uniform_(-bound, bound, generator=generator)
         w_out.uniform_(-1 / math.sqrt(active_units), 1 / math.sqrt(active_units), generator=generator)
+
+
+@torch.no_grad()
+def rows_(w_in: Tensor, b: Tensor | None, generator: torch.Generator) -> None:
+    """Draw w_in and b from U(±1/sqrt d)."""
+    bound = 1 / math.sqrt(w_in.shape[-1])
+    w_in.uniform_(-bound, bound, generator=generator)
+    if b is not None:
+        b.uniform_(-bound, bound, generator=generator)
 
 
 def orthogonal_nodes(trees: int, depth: int, mean: Tensor, generator: torch.Generator) -> Tensor:

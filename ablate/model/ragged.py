@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ablate.config import Tree
+from ablate.config import ConfigError, Tree
 from ablate.kernels.op import check_input
 from ablate.kernels.ragged.op import ragged_feedforward, route
 from ablate.kernels.ragged.shape import shape_of
@@ -48,7 +48,7 @@ class RaggedFeedForward(nn.Module):
         self.register_buffer("branches", branches)
         self.register_buffer("origin", origin)
         self.register_buffer("thresholds", torch.zeros(nodes))
-        frozen = tree.router == "frozen"
+        frozen = tree.router in ("frozen", "separate")
         self.register_buffer("router_w", torch.zeros(nodes, d_model) if frozen else None)
         self.register_buffer("router_b", torch.zeros(nodes) if frozen and tree.bias else None)
         self.last_leaves: Tensor | None = None
@@ -91,6 +91,8 @@ def keep(layer: TreeFeedForward, living: NDArray[np.bool_]) -> RaggedFeedForward
     A node with one living side is replaced by that side where nodes have no output, and always taken where they have:
     then it still adds its output. Tokens that took a removed path go to the side that is left.
     """
+    if layer.hash_keys is not None:
+        raise ConfigError("tree.router is 'hash': a hash knows no subtrees, so none can be removed")
     spec = layer.spec
     alive = np.asarray(living, dtype=bool)
     if alive.shape != (spec.trees, spec.leaves) or not alive.any(1).all():

@@ -89,8 +89,10 @@ def size(
     all states on each device and a copy of the gradients in its buckets. FSDP (fully sharded, a block or the embedding
     at a time) holds its share of the states, and of the largest such unit two sets of parameters (one in use, one on
     its way) and one of gradients. One GPU shares nothing. A count of GPUs above batch_size is left out. Raises
-    ConfigError for a throughput or a count that is not above 0.
+    ConfigError for a task other than language, and for a throughput or a count that is not above 0.
     """
+    if trial.task.kind != "language":
+        raise ConfigError(f"task.kind is {trial.task.kind!r}: sizes are those of language models")
     if tokens_per_second is not None and tokens_per_second <= 0:
         raise ConfigError(f"tokens_per_second is {tokens_per_second}: it must be above 0")
     train, counts = trial.train, list(gpus)

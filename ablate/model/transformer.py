@@ -5,9 +5,6 @@ Shapes: B sequences, T tokens each, d model width, H heads of width d / H, V voc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,8 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ablate.config import Trial
 from ablate.model.decode import STEP_TOKENS, Cache, tree_step
-from ablate.model.dense import DenseFeedForward
-from ablate.model.moe import MixtureFeedForward
+from ablate.model.network import Network, child, feedforward
 from ablate.model.tree import TreeFeedForward
 
 ROPE_BASE = 10000.0
@@ -71,13 +67,7 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(model.d_model)
         self.attention = Attention(model.d_model, model.heads, model.context, model.blocks, generator)
         self.norm = nn.RMSNorm(model.d_model) if model.feedforward != "none" else None
-        self.feedforward: nn.Module | None = None
-        if model.feedforward == "tree":
-            self.feedforward = TreeFeedForward(model.d_model, trial.tree, backend=backend, generator=_child(generator))
-        elif model.feedforward == "dense":
-            self.feedforward = DenseFeedForward(model.d_model, trial.dense, generator=_child(generator))
-        elif model.feedforward == "moe":
-            self.feedforward = MixtureFeedForward(model.d_model, trial.moe, generator=_child(generator))
+        self.feedforward = feedforward(trial, generator, backend)
 
     def forward(self, x: Tensor, cache: Cache | None = None, layer: int = 0) -> Tensor:
         """[B, T, d] of x [B, T, d]; `layer` is this block's place in the cache."""
@@ -88,7 +78,7 @@ class Block(nn.Module):
         return x
 
 
-class Transformer(nn.Module):
+class Transformer(Network):
     """Logits [B, T, V] of token ids [B, T], V from the tokenizer, T at most the context; embeddings are tied."""
 
     def __init__(self, trial: Trial, vocab_size: int) -> None:
@@ -97,7 +87,7 @@ class Transformer(nn.Module):
         generator = torch.Generator().manual_seed(trial.init_seed)
         embedding = torch.empty(vocab_size, trial.model.d_model).normal_(0, EMBEDDING_SD, generator=generator)
         self.embedding = nn.Parameter(embedding)
-        self.blocks = nn.ModuleList(Block(trial, _child(generator), backend) for _ in range(trial.model.blocks))
+        self.blocks = nn.ModuleList(Block(trial, child(generator), backend) for _ in range(trial.model.blocks))
         self.norm = nn.RMSNorm(trial.model.d_model)
         self.context = trial.model.context
         self.checkpointing = trial.train.activation_checkpointing
@@ -142,47 +132,3 @@ class Transformer(nn.Module):
             for block in self.blocks
         ]
         return cache
-
-    def trees(self) -> list[TreeFeedForward]:
-        """The tree layers, first block first."""
-        return [m for m in self.modules() if isinstance(m, TreeFeedForward)]
-
-    def mixtures(self) -> list[MixtureFeedForward]:
-        """The mixtures of experts, first block first."""
-        return [m for m in self.modules() if isinstance(m, MixtureFeedForward)]
-
-    @torch.no_grad()
-    def calibrate(self, tokens: Tensor) -> None:
-        """Finish initialisations that look at data, layer by layer in one pass over ids [B, T]."""
-        waiting = [tree for tree in self.trees() if tree.needs_calibration]
-        if waiting:
-            with _calibrating(waiting), evaluating(self):
-                self(tokens)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, then back as it was."""
-    was = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was)
-
-
-@contextmanager
-def _calibrating(trees: list[TreeFeedForward]) -> Iterator[None]:
-    for tree in trees:
-        tree.calibrating = True
-    try:
-        yield
-    finally:
-        for tree in trees:
-            tree.calibrating = False
-
-
-def _child(generator: torch.Generator) -> torch.Generator:
-    """A generator of its own for one part, so that attention starts the same whatever the feed-forward draws."""
-    seed = int(torch.randint(2**62, (1,), generator=generator, device="cpu"))
-    return torch.Generator().manual_seed(seed)

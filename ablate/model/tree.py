@@ -15,6 +15,7 @@ from ablate.kernels.op import check_input, route, tree_feedforward
 from ablate.kernels.reference import path_nodes
 from ablate.kernels.spec import TreeSpec, is_identity
 from ablate.model import auxiliary_losses, init
+from ablate.model.hashing import draw_keys, hash_leaves, turns
 from ablate.model.routing import Rule, rules
 
 
@@ -51,6 +52,7 @@ class TreeFeedForward(nn.Module):
     input_mean: Tensor
     router_w: Tensor | None
     router_b: Tensor | None
+    hash_keys: Tensor | None
 
     def __init__(
         self,
@@ -74,9 +76,11 @@ class TreeFeedForward(nn.Module):
         self.register_buffer("thresholds", torch.zeros(k, m))
         self.register_buffer("deviation", torch.zeros(k, m))  # running sd of z; 0 until a node was reached
         self.register_buffer("input_mean", torch.zeros(d_model))
-        frozen = self.tree.router == "frozen"
-        self.register_buffer("router_w", torch.empty(k, m, d_model) if frozen else None)
-        self.register_buffer("router_b", torch.empty(k, m) if frozen and self.tree.bias else None)
+        frozen = self.tree.router in ("frozen", "separate")
+        self.register_buffer("router_w", torch.zeros(k, m, d_model) if frozen else None)
+        self.register_buffer("router_b", torch.zeros(k, m) if frozen and self.tree.bias else None)
+        hashed = self.tree.router == "hash" and spec.depth > 0
+        self.register_buffer("hash_keys", torch.zeros(k, d_model, dtype=torch.int64) if hashed else None)
         self._rules = rules(self.tree)
         for i, rule in enumerate(self._rules):
             self.register_buffer(f"_sums{i}", torch.zeros(rule.sums_shape(spec, d_model) or ()), persistent=False)
@@ -106,6 +110,10 @@ class TreeFeedForward(nn.Module):
             if self.tree.init == "orthogonal":
                 mean = self.w_in.new_zeros(self.w_in.shape[-1])
                 self.w_in[:, : self.spec.nodes] = self._orthogonal(mean)
+            if self.tree.router == "separate" and self.router_w is not None:
+                init.rows_(self.router_w, self.router_b, self._generator)
+            if self.hash_keys is not None:
+                self.hash_keys.copy_(draw_keys(self.hash_keys.shape, self._generator))
         self.freeze_router()
 
     @torch.no_grad()
@@ -157,7 +165,7 @@ class TreeFeedForward(nn.Module):
         return functools.reduce(torch.add, given) if given else None
 
     def router(self) -> tuple[Tensor, Tensor | None]:
-        """Node rows [K, M, d] and biases [K, M] that decide: the weights' own, or the frozen copy."""
+        """Node rows [K, M, d] and biases [K, M] that decide: the weights' own, a frozen copy or separate ones."""
         if self.router_w is not None:
             return self.router_w, self.router_b
         return self.w_in[:, : self.spec.nodes], None if self.b is None else self.b[:, : self.spec.nodes]
@@ -185,13 +193,16 @@ class TreeFeedForward(nn.Module):
     def _route(self, x: Tensor, thresholds: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Return leaves [N, K] where the kernel does not decide, and responses [N, K, D] of nodes that are not its own.
 
-        None stands for what the kernel decides or returns. It does not decide with a frozen router, nor in training
-        with the auxiliary losses.
+        None stands for what the kernel decides or returns. It does not decide with a frozen router or a hash, nor in
+        training with the auxiliary losses. A hash has no responses: they are 1 on the way right and -1 on the way left.
         """
         self.last_load_loss = None
         depth = self.spec.depth
         if depth == 0:
             return None, None
+        if self.hash_keys is not None:
+            leaves = hash_leaves(x.detach().reshape(-1, x.shape[-1]), self.hash_keys, depth)
+            return leaves, turns(leaves, depth)
         w, b = self.router()
         if self.training and (self.region_leak or self.load_loss):
             z = auxiliary_losses.node_responses(x.reshape(-1, x.shape[-1]), w, b)
@@ -211,10 +222,17 @@ class TreeFeedForward(nn.Module):
 
     def freeze_router(self) -> None:
         """With `router: frozen`, decide by the present node weights from now on."""
+        self.follow_nodes(1.0)
+
+    @torch.no_grad()
+    def follow_nodes(self, share: float) -> None:
+        """With `router: frozen`, move the weights that decide by a share of the way to the nodes' present ones."""
+        if self.tree.router != "frozen":
+            return
         if self.router_w is not None:
-            self.router_w.copy_(self.w_in.detach()[:, : self.spec.nodes])
+            self.router_w.lerp_(self.w_in[:, : self.spec.nodes], share)
         if self.router_b is not None and self.b is not None:
-            self.router_b.copy_(self.b.detach()[:, : self.spec.nodes])
+            self.router_b.lerp_(self.b[:, : self.spec.nodes], share)
 
 
 def _recomputing() -> bool:

@@ -13,7 +13,10 @@ EFFECTS = 30  # comparisons an endpoint has at most
 
 def frames(c: Context) -> dict[str, pl.DataFrame]:
     """Return tables by file name: quality and balance over training (means over seeds), and effects with their intervals."""
-    return {c.quality.name: _curve(c, c.quality.name, LATE), "balance": _curve(c, N_EFF.name), "effects": _effects(c)}
+    quality = _curve(c, c.quality.name, LATE).rename(
+        {c.quality.name: "quality"}
+    )  # one name for dvc.yaml, whatever the task
+    return {"quality": quality, "balance": _curve(c, N_EFF.name), "effects": _effects(c)}
 
 
 def _curve(c: Context, column: str, since: float = 0) -> pl.DataFrame:

@@ -27,6 +27,8 @@ from ablate.results.columns import (
     QA,
     RANDOM,
     ROUTING,
+    STARTS,
+    TASK,
     TREE_MEANS,
     TREES_TABLE_SCHEMA,
     TRIALS_SCHEMA,
@@ -126,6 +128,8 @@ def trial_row(record: dict[str, Any]) -> dict[str, Any]:
         "lr": record["config"]["train"]["lr"],
         "bpb": last["bpb"],
         "bpb_start": first["bpb"],
+        **{name: last.get("task", {}).get(name) for name in TASK},
+        **{start: first.get("task", {}).get(name) for name, start in STARTS.items()},
         "train_loss": last["train_loss"],
         "n_eff_frac_start": first["balance"].get("n_eff_frac"),
         "n_eff_frac_min": min(n_eff, default=None),
@@ -154,6 +158,7 @@ def trial_row(record: dict[str, Any]) -> dict[str, Any]:
 def evaluation_row(evaluation: dict[str, Any]) -> dict[str, Any]:
     """An evaluation's columns of HISTORY_SCHEMA."""
     row = {name: evaluation[name] for name in ("step", "tokens", "bpb", "train_loss", "lr")}
+    row |= {name: evaluation.get("task", {}).get(name) for name in TASK}
     return row | {"train_seconds": evaluation["seconds"]} | {name: evaluation["balance"].get(name) for name in BALANCE}
 
 

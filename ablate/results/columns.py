@@ -30,7 +30,9 @@ TREE_MEANS = {
 ROUTING = {"flip_rate": "max", "saturation": "min"}
 
 # Columns that tables published before they were added may lack; a reader fills them with nulls.
-LATER = frozenset(NORMS)
+TASK = tuple(e.name for e in ENDPOINTS.values() if e.part == "task")  # of tasks other than language
+STARTS = {name: ENDPOINTS[name].start for name in TASK}
+LATER = frozenset({*NORMS, *TASK, *STARTS.values()})
 
 # Prefix of a metric and a column each: qa/<task>/<shots>shot/<metric>, and /error, /chance and /unigram of it.
 QA = "qa/"
@@ -53,7 +55,8 @@ TRIALS_SCHEMA: dict[str, pl.DataType] = {
     "lr_at_edge": pl.Boolean(),  # tuned and the best of its values was the smallest or largest; null where not tuned
     BPB.name: pl.Float64(),  # at the end; null where it diverged
     BPB.start: pl.Float64(),
-    "train_loss": pl.Float64(),  # nats a token, mean since the evaluation before the last
+    **{column: pl.Float64() for name, start in STARTS.items() for column in (name, start)},  # null for other tasks
+    "train_loss": pl.Float64(),  # nats a token (squared error of a student), mean since the evaluation before the last
     # Balance at the end, on the held-out slice; null without a tree, and where the trial diverged.
     **{name: pl.Float64() for name in BALANCE},
     "n_eff_frac_start": pl.Float64(),
@@ -90,6 +93,7 @@ HISTORY_SCHEMA: dict[str, pl.DataType] = {
     "step": pl.Int64(),
     "tokens": pl.Int64(),
     BPB.name: pl.Float64(),
+    **{name: pl.Float64() for name in TASK},
     "train_loss": pl.Float64(),
     "lr": pl.Float64(),
     "train_seconds": pl.Float64(),

@@ -42,12 +42,15 @@ class Finished:
 # Only the endpoints' keys: a record has hundreds more, which are skipped where they are read.
 if TYPE_CHECKING:
     _Balance = dict[str, float]
+    _Task = dict[str, float]
 else:
     _Balance = TypedDict("_Balance", {e.name: float for e in ENDPOINTS.values() if e.part == "balance"}, total=False)
+    _Task = TypedDict("_Task", {e.name: float for e in ENDPOINTS.values() if e.part == "task"}, total=False)
 
 
 class _Scored(BaseModel):
     bpb: float | None
+    task: _Task = {}
     balance: _Balance = {}
 
 

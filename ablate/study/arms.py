@@ -40,9 +40,9 @@ def factor_values(trial: Trial, keys: Iterable[str]) -> dict[str, Scalar]:
     """Each field's validated value in a trial; None where the trial's feed-forward has no such field."""
     values: dict[str, Scalar] = {}
     for key in keys:
-        section, _, field = key.partition(".")
+        section = key.partition(".")[0]
         absent = section in {"tree", "dense", "moe"} and trial.model.feedforward != section
-        values[key] = None if absent else getattr(getattr(trial, section), field)
+        values[key] = None if absent else trial.value(key)
     return values
 
 

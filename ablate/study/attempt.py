@@ -226,7 +226,7 @@ class _Watch:
         if value is None:
             return False
         settings, unit = self.attempt.planned.trial, study.trial({})
-        per_evaluation = unit.train.eval_every * unit.train.batch_size * unit.model.context
+        per_evaluation = unit.train.eval_every * unit.train.batch_size * unit.positions
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # A resumed run reports some of its steps a second time.
             trial.report(value, max(1, round(evaluation.tokens / per_evaluation)))

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ablate.config import ConfigError, Questions, Scalar, Study, Trial, digest
-from ablate.config.endpoints import ENDPOINTS
+from ablate.config.endpoints import measured_by
 from ablate.config.tune import Trace, follow
 from ablate.results.record import Kind
 from ablate.study.arms import Arm, arms_of, distinct, factor_keys, factor_values, order_of, trial_of
@@ -204,13 +204,14 @@ def _search_notes(study: Study, base: Trial) -> list[str]:
 def _check_contrasts(study: Study, base: Trial, arms: Iterable[Arm]) -> None:
     """Contrasts name arms that exist, and what will be measured. Raises ConfigError."""
     labels = [arm.label for arm in arms]
+    measured = [endpoint.name for endpoint in measured_by(study.task)]
     asked = [f"qa/{task}/{shots}shot/" for task in base.questions.tasks for shots in base.questions.shots]
     for contrast in study.contrasts:
         for arm in (contrast.arm, contrast.reference):
             if arm not in labels:
                 raise ConfigError(f"contrasts: {arm!r} is not one of the arms {', '.join(labels)}")
-        if contrast.endpoint not in ENDPOINTS and not contrast.endpoint.startswith(tuple(asked)):
-            known = ", ".join([*ENDPOINTS, *(f"{name}acc" for name in asked)])
+        if contrast.endpoint not in measured and not contrast.endpoint.startswith(tuple(asked)):
+            known = ", ".join([*measured, *(f"{name}acc" for name in asked)])
             raise ConfigError(f"contrasts: endpoint {contrast.endpoint!r} is not measured; this study has {known}")
 
 

@@ -17,7 +17,6 @@ import numpy as np
 
 from ablate.config import Questions, Study, Trial
 from ablate.config.tune import Trace
-from ablate.model.counts import count
 from ablate.results.layout import Layout
 from ablate.study.designs import Plan, expand
 from ablate.study.engines import THREAD_VARIABLES, available_cpus, environment
@@ -130,7 +129,7 @@ def _shape(trial: Trial) -> str:
         mode="json",
         include={"batch_size", "accumulate", "precision", "backend", "eval_tokens", "decay_rows", "devices"},
     )
-    rest = trial.model_dump(mode="json", include={"corpus", "model", "tree", "dense", "moe"})
+    rest = trial.model_dump(mode="json", include={"task", "corpus", "model", "tree", "dense", "moe"})
     return json.dumps([train, rest], sort_keys=True)
 
 
@@ -142,7 +141,9 @@ def _shapes(trials: Iterable[Trial]) -> dict[str, Trial]:
 
 
 def _flops(trial: Trial) -> float:
-    return count(trial, trial.corpus.vocab_size).flops_per_token
+    from ablate.tasks.registry import planned_cost
+
+    return planned_cost(trial).flops_per_token
 
 
 def _ends(shapes: Mapping[str, Trial]) -> dict[str, Trial]:
@@ -201,11 +202,11 @@ class Cost:
 
 def measure(shapes: Mapping[str, Trial], *, root: Path, data_root: Path, workers: int) -> dict[str, Cost]:
     """Measure each shape in as many processes at once as there will be workers, with as many threads each."""
-    from ablate.data.tokens import prepare
+    from ablate.tasks.registry import open_task
 
     if not shapes:
         return {}
-    prepare(next(iter(shapes.values())).corpus, data_root)
+    open_task(next(iter(shapes.values())), data_root)
     threads = max(1, available_cpus() // workers)
     scratch = root / "state" / "probes"
     scratch.mkdir(parents=True, exist_ok=True)

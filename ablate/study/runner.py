@@ -141,17 +141,10 @@ def _repair(layout: Layout, say: Callable[[str], None]) -> None:
 
 
 def _data_card(study: Study, data_root: Path) -> dict[str, Any]:
-    """Prepare the corpus and its questions once, before any worker needs them; raises ConfigError for what cannot be used."""
-    from ablate.data.tokens import prepare
+    """Prepare the task's data once, before any worker needs them; raises ConfigError for what cannot be used."""
+    from ablate.tasks.registry import open_task
 
-    base = study.trial({})
-    prepared = prepare(base.corpus, data_root)
-    if base.questions.tasks:
-        from ablate.evaluation.evaluate import check_tasks
-        from ablate.training.trial import TASKS
-
-        check_tasks(base.questions, prepared, data_root / TASKS)
-    return {**prepared.card, "data_hash": prepared.data_hash, "tokenizer_hash": prepared.tokenizer_hash}
+    return open_task(study.trial({}), data_root).card
 
 
 def _set_aside(layout: Layout, card: dict[str, Any]) -> None:

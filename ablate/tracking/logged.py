@@ -1,4 +1,4 @@
-"""A trial as MLflow's run holds it: its settings, its tags and its bits per byte by step."""
+"""A trial as MLflow's run holds it: its settings, its tags and its quality by step."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 from mlflow.exceptions import MlflowException
 
 from ablate.config import ConfigError, Trial, parse
-from ablate.config.endpoints import BPB
+from ablate.config.endpoints import quality_of
 from ablate.tracking import tags as names
 from ablate.tracking.store import default_uri, prepare_store
 
 
 def logged(run_id: str, root: Path, tracking: str | None) -> tuple[Trial, dict[str, str], dict[int, float]]:
-    """Return the settings, tags and bits per byte by step of a trial's run.
+    """Return the settings, tags and quality by step of a trial's run.
 
     Raises:
         ConfigError: there is no such run, it is not a trial's, or its settings are not valid any more.
@@ -32,7 +32,7 @@ def logged(run_id: str, root: Path, tracking: str | None) -> tuple[Trial, dict[s
     if tags.get(names.ROLE) != "trial":
         raise ConfigError(f"run {run_id!r} is a {tags.get(names.ROLE, 'foreign')} run: give the id of a trial's run")
     trial = parse(Trial, _nested(run.data.params), where=f"run {run_id}")
-    history = client.get_metric_history(run_id, BPB.name)
+    history = client.get_metric_history(run_id, quality_of(trial.task.kind).name)
     return trial, tags, {metric.step: metric.value for metric in history}
 
 

@@ -11,17 +11,17 @@ from typing import Any
 import polars as pl
 
 from ablate.config import ConfigError, Trial, parse
-from ablate.config.endpoints import BPB
+from ablate.config.endpoints import quality_of
 from ablate.results.layout import HISTORY, MODEL, TRIALS
 from ablate.results.record import load_record
 from ablate.tracking import tags as names
-from ablate.training.result import Observer, Provenance
+from ablate.training.result import Evaluation, Observer, Provenance
 from ablate.training.runs import RUN_ID, SHORTEST, find_records, weights_of
 
 PUBLISHED = f"reports/*/data/{TRIALS}"
 """Tables that `ablate publish` keeps: a clone has them, and no MLflow database."""
 Found = tuple[Trial, dict[str, str], dict[int, float]]
-"""A trial's settings, its tags, and its bits per byte by step."""
+"""A trial's settings, its tags, and its task's quality by step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +30,12 @@ class Reproduction:
 
     trial: str
     """Hash of the configuration."""
+    endpoint: str
+    """Name of the task's quality."""
     before: dict[int, float]
-    """Step to bpb, as logged."""
+    """Step to the task's quality, as logged."""
     after: dict[int, float]
-    """Step to bpb, now."""
+    """Step to the task's quality, now."""
     changed: dict[str, tuple[str, str]]
     """What bit equality depends on and is not as it was: tag to (then, now)."""
     weights: Path | None = None
@@ -41,15 +43,15 @@ class Reproduction:
 
     @property
     def equal(self) -> bool:
-        """Whether every evaluation's bpb is the same bit for bit."""
+        """Whether every evaluation's quality is the same bit for bit."""
         return self.before == self.after
 
     @property
     def largest_difference(self) -> float:
-        """Largest absolute difference of bpb over the steps that both have; infinite where a step is missing."""
+        """Largest absolute difference of quality over the steps that both have; infinite where a step is missing."""
         if self.before.keys() != self.after.keys():
             return float("inf")
-        return max((abs(self.after[step] - bpb) for step, bpb in self.before.items()), default=0.0)
+        return max((abs(self.after[step] - value) for step, value in self.before.items()), default=0.0)
 
 
 def reproduce(
@@ -72,9 +74,11 @@ def reproduce(
         observer: watches the training.
 
     Raises:
-        ConfigError: there is no such trial, its name fits several, or its settings are not valid any more.
+        ConfigError: there is no such trial, its name fits several, its settings are not valid any more, or its weights cannot be kept.
     """
     trial, tags, before = _find(run, root, tracking)
+    if keep and trial.task.kind != "language":
+        raise ConfigError(f"run {run!r} is of task {trial.task.kind!r}: only weights of language models are kept")
 
     from ablate.training.trial import run_trial  # it imports torch
 
@@ -89,13 +93,14 @@ def reproduce(
             threads=int(threads) if threads else None,
             resume=False,
         )
-        after = {e.step: e.bpb for e in result.history if e.bpb is not None}
+        after = _values(trial, result.history)
         weights = weights_of(trial.hash(), root)
         kept = keep and before == after and result.status == "finished"
         if kept:
             _keep(Path(folder) / MODEL, weights, trial)
     changed = _changed(tags, result.provenance)
-    return Reproduction(trial.hash(), before, after, changed, weights if kept else None)
+    quality = quality_of(trial.task.kind).name
+    return Reproduction(trial.hash(), quality, before, after, changed, weights if kept else None)
 
 
 def _keep(made: Path, weights: Path, trial: Trial) -> None:
@@ -128,7 +133,13 @@ def _own(run: str, root: Path) -> Found | None:
     if not records:
         return None
     record = load_record(records[0])
-    return record.config, _origin(record.provenance), {e.step: e.bpb for e in record.history if e.bpb is not None}
+    return record.config, _origin(record.provenance), _values(record.config, record.history)
+
+
+def _values(trial: Trial, history: list[Evaluation]) -> dict[int, float]:
+    """Return the quality of a trial's task by step."""
+    quality = quality_of(trial.task.kind)
+    return {e.step: value for e in history if (value := quality.value(e)) is not None}
 
 
 def _published(run_id: str, root: Path) -> Found | None:
@@ -151,9 +162,10 @@ def _published(run_id: str, root: Path) -> Found | None:
     origin |= {names.GIT_DIRTY: str(row["git_dirty"]).lower(), names.THREADS: row["threads"]}
     origin = {name: str(value) for name, value in origin.items() if value is not None}
     history = pl.scan_parquet(path.with_name(HISTORY), glob=False)
-    evaluations = history.filter(pl.col("trial") == row["trial"], pl.col(BPB.name).is_not_null()).collect()
     trial = parse(Trial, json.loads(row["config"]), where=f"trial {row['trial']}")
-    return trial, origin, dict(zip(evaluations["step"].to_list(), evaluations[BPB.name].to_list(), strict=True))
+    name = quality_of(trial.task.kind).name
+    evaluations = history.filter(pl.col("trial") == row["trial"], pl.col(name).is_not_null()).collect()
+    return trial, origin, dict(zip(evaluations["step"].to_list(), evaluations[name].to_list(), strict=True))
 
 
 def _origin(made: Provenance) -> dict[str, str]:

@@ -301,6 +301,7 @@ def _metrics(evaluation: Evaluation) -> Event:
             names.LR: evaluation.lr,
             names.TOKENS: evaluation.tokens,
             names.TRAIN_SECONDS: evaluation.seconds,
+            **evaluation.task,
             **{names.shown(name): value for name, value in evaluation.balance.items()},
         }
     )

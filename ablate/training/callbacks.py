@@ -17,12 +17,13 @@ from ablate.balance.motion import MotionRecorder
 from ablate.balance.probe import Probe
 from ablate.balance.usage import UsageParts
 from ablate.config import Trial
-from ablate.data.tokens import Prepared
+from ablate.config.endpoints import BPB, quality_of
 from ablate.distributed import gather
-from ablate.evaluation.bits_per_byte import WINDOWS_SCHEMA, bits_per_byte
+from ablate.evaluation.bits_per_byte import WINDOWS_SCHEMA
 from ablate.files import replacing
 from ablate.results.layout import LAST
-from ablate.training.module import LanguageModel
+from ablate.tasks.task import TrialTask
+from ablate.training.module import TrialModule
 from ablate.training.result import Evaluation, Observer, Status
 from ablate.training.schedule import learning_rate
 
@@ -32,15 +33,12 @@ USAGE_PARTS = "usage"
 class Evaluator(pl.Callback):
     """Evaluates at step 0, every `eval_every` steps and at the end; keeps the history and the usage of leaves."""
 
-    def __init__(
-        self, trial: Trial, prepared: Prepared, folder: Path, observer: Observer | None, started: float
-    ) -> None:
-        self.trial, self.folder, self.observer = trial, folder, observer
-        self.token_bytes = torch.from_numpy(np.asarray(prepared.token_bytes, dtype=np.int64))
+    def __init__(self, trial: Trial, task: TrialTask, folder: Path, observer: Observer | None, started: float) -> None:
+        self.trial, self.task, self.folder, self.observer = trial, task, folder, observer
         self.history: list[Evaluation] = []
         self.status: Status = "finished"
         self.message = ""
-        self._probe = Probe()
+        self._probe = Probe(task.loss, task.labels)
         self._parts = UsageParts(folder / USAGE_PARTS)
         self._motion = MotionRecorder() if trial.train.motion else None
         self.windows = Windows()
@@ -76,7 +74,7 @@ class Evaluator(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Evaluate the untrained model, unless this run goes on from a checkpoint."""
-        assert isinstance(pl_module, LanguageModel)
+        assert isinstance(pl_module, TrialModule)
         self._step, self._since = trainer.global_step, time.perf_counter()
         self._probe.attach(pl_module.model)
         if not self.history:
@@ -88,7 +86,7 @@ class Evaluator(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """After an optimizer step: look for divergence, evaluate and save when due, stop when asked."""
-        assert isinstance(pl_module, LanguageModel)
+        assert isinstance(pl_module, TrialModule)
         self._probe.watch_training()
         if trainer.global_step == self._step:
             return
@@ -120,20 +118,21 @@ class Evaluator(pl.Callback):
         """The motion table of every evaluation in the history."""
         return self._parts.motion([e.step for e in self.history])
 
-    def _evaluate(self, trainer: pl.Trainer, module: LanguageModel, *, lost: bool = False) -> None:
+    def _evaluate(self, trainer: pl.Trainer, module: TrialModule, *, lost: bool = False) -> None:
         """One evaluation; `lost` records a diverged model without running it."""
         self._seconds += time.perf_counter() - self._since
         step, train = trainer.global_step, self.trial.train
-        bpb, balance = None, {}
+        measured: dict[str, float] = {}
+        balance: dict[str, float] = {}
         if not lost:
             loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
             windows = self.windows.add if step == train.steps else None
             with self._probe.held_out():
-                bpb = bits_per_byte(module.model, loader, self.token_bytes, self._probe.watch, windows)
+                measured = self.task.measure(module.model, loader, self._probe.watch, windows)
             self.windows.close()
-            if not np.isfinite(bpb):
+            if not np.isfinite(measured[quality_of(self.trial.task.kind).name]):
                 self._stop(trainer, "diverged", f"the held-out loss was not finite at step {step}")
-                bpb = None
+                measured = {}
             if module.model.trees():
                 balance = self._probe.summary()
                 if trainer.is_global_zero:
@@ -142,8 +141,9 @@ class Evaluator(pl.Callback):
                     self._parts.write(step, probe.rows(step), probe.tree_rows(step), probe.leaves, moved)
         evaluation = Evaluation(
             step=step,
-            tokens=step * train.batch_size * self.trial.model.context,
-            bpb=bpb,
+            tokens=step * train.batch_size * self.trial.positions,
+            bpb=measured.pop(BPB.name, None),
+            task=measured,
             train_loss=_finite(module.take_train_loss()),
             lr=learning_rate(train, min(step, train.steps - 1)),
             seconds=self._seconds,
@@ -194,7 +194,7 @@ class Windows:
         self.table = pl_frames.DataFrame(columns).cast(WINDOWS_SCHEMA)  # type: ignore[arg-type]
 
 
-def unusable(saved: dict[str, Any], module: LanguageModel) -> str:
+def unusable(saved: dict[str, Any], module: TrialModule) -> str:
     """Return why a checkpoint's content is none that this trial can go on from, empty where it is one."""
     wanted = {"global_step", "state_dict", "optimizer_states", "callbacks", "loops"}
     if missing := sorted(wanted - saved.keys()):
@@ -228,12 +228,3 @@ def _any(trainer: pl.Trainer, decision: bool) -> bool:
 
 def _finite(value: float | None) -> float | None:
     return value if value is not None and np.isfinite(value) else None
-
-
-def calibration_windows(prepared: Prepared, trial: Trial) -> Tensor:
-    """Ids [B, T] from the training split for initialisations that look at data; they depend on init_seed only."""
-    time_, wanted = trial.model.context, max(4096, 64 * trial.tree.leaves)
-    stream = prepared.train
-    generator = np.random.default_rng(trial.init_seed)
-    starts = generator.integers(0, max(1, len(stream) - time_), size=-(-wanted // time_))
-    return torch.from_numpy(np.stack([stream[s : s + time_] for s in starts]).astype(np.int64))

@@ -13,6 +13,7 @@ import torch
 from ablate.config import ConfigError, Trial, echo, parse, reason
 from ablate.config.text import load_json
 from ablate.files import replacing
+from ablate.model.network import Network
 from ablate.model.ragged import shape_like
 from ablate.model.transformer import Transformer
 
@@ -22,12 +23,12 @@ POINTER = b"version https://git-lfs"
 EXPECTED = "a file of weights that ablate wrote is expected"
 
 
-def save_model(path: Path, model: Transformer, trial: Trial, tokenizer_hash: str) -> None:
+def save_model(path: Path, model: Network, trial: Trial, tokenizer_hash: str) -> None:
     """Write weights and settings atomically."""
     content = {
         "format": FORMAT,
         "trial": trial.model_dump_json(),
-        "vocab_size": model.embedding.shape[0],
+        "vocab_size": model.embedding.shape[0] if isinstance(model, Transformer) else None,
         "tokenizer_hash": tokenizer_hash,
         "state": model.state_dict(),
     }
@@ -45,9 +46,12 @@ def load_model(path: Path) -> tuple[Transformer, Trial, str]:
         raise ConfigError(f"{where} is damaged: its checksums are not those that were written with it")
     if not isinstance(content.get("format"), int) or content["format"] != FORMAT:
         raise ConfigError(f"{where} has format {echo(content.get('format'))}; this version reads {FORMAT}")
+    text = content.get("trial")
+    if isinstance(text, str) and (kind := _trial(text, where).task.kind) != "language":
+        raise ConfigError(f"{where} is of task {kind!r}: a language model is expected")
     kinds = {"trial": str, "vocab_size": int, "tokenizer_hash": str, "state": dict}
-    for name, kind in kinds.items():
-        if not isinstance(content.get(name), kind):
+    for name, wanted in kinds.items():
+        if not isinstance(content.get(name), wanted):
             raise ConfigError(f"{where} has no {name}: {EXPECTED}")
     trial, state = _trial(content["trial"], where), content["state"]
     # Looked at first: a model is built at the size that its settings say, whatever the tensors are.

@@ -1,4 +1,4 @@
-"""The LightningModule: next-token loss, the optimizer, and what happens around every optimizer step."""
+"""The LightningModule: the task's loss, the optimizer, and what happens around every optimizer step."""
 
 from __future__ import annotations
 
@@ -7,26 +7,25 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ablate.config import Trial
 from ablate.distributed import sum_over_ranks
-from ablate.model.transformer import Transformer
+from ablate.tasks.task import TrialTask
 from ablate.training.optimizer import TreeAdamW
 from ablate.training.schedule import learning_rate
 
 
-class LanguageModel(pl.LightningModule):
-    """A transformer of `trial` over `vocab_size` tokens, trained on batches of `tokens` int64 [B, T + 1]."""
+class TrialModule(pl.LightningModule):
+    """The model of a trial's task, trained on batches of one entry, the inputs."""
 
     loss_sum: Tensor
     finite: Tensor
 
-    def __init__(self, trial: Trial, vocab_size: int) -> None:
+    def __init__(self, trial: Trial, task: TrialTask) -> None:
         super().__init__()
-        self.trial = trial
-        self.model = Transformer(trial, vocab_size)
+        self.trial, self.task = trial, task
+        self.model = task.model()
         for tree in self.model.trees():
             tree.region_leak, tree.load_loss = trial.train.region_leak, trial.train.load_loss > 0
         for mixture in self.model.mixtures():
@@ -36,10 +35,9 @@ class LanguageModel(pl.LightningModule):
         self.register_buffer("finite", torch.ones((), dtype=torch.bool), persistent=False)
 
     def training_step(self, batch: dict[str, Tensor], _index: int) -> Tensor:
-        """Mean next-token loss (nats) of a micro-batch, plus the load loss of the reference arm that has one."""
-        tokens = batch["tokens"]
-        logits = self.model(tokens[:, :-1])
-        loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), tokens[:, 1:].reshape(-1))
+        """The task's mean loss on a micro-batch, plus the load loss of the reference arm that has one."""
+        (inputs,) = batch.values()
+        loss = self.task.loss(self.model, inputs)
         with torch.no_grad():
             self.loss_sum += torch.stack([loss.double(), torch.ones_like(loss, dtype=torch.float64)])
             self.finite &= torch.isfinite(loss)
@@ -73,12 +71,14 @@ class LanguageModel(pl.LightningModule):
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
     ) -> None:
-        """The update, then once per update the trees' own: thresholds and running means."""
+        """The update, then once per update the trees' own: thresholds, running means, a frozen router that still follows."""
         step = self.trainer.global_step
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         rate = learning_rate(self.trial.train, step) / self.trial.train.lr
         for tree in self.model.trees():
             tree.finish_step(rate)
+            if step < self.trial.train.router_steps:
+                tree.follow_nodes(self.trial.train.router_rate)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the random states, so that a resumed run draws what an uninterrupted one would."""

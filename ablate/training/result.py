@@ -21,12 +21,14 @@ class Evaluation(Section):
     tokens: int
     """Training tokens seen before it."""
     bpb: float | None
-    """Bits per byte; None where the loss was not finite."""
+    """Bits per byte of a language model; None where the loss was not finite, and for other tasks."""
     train_loss: float | None
-    """Mean training loss (nats a token) since the previous evaluation; None at step 0."""
+    """Mean training loss (nats a token; squared error of a student) since the previous evaluation; None at step 0."""
     lr: float
     seconds: float
     """Training seconds so far, evaluations excluded."""
+    task: dict[str, float] = Field(default_factory=dict)
+    """Endpoints of another task than language, by name; empty where the loss was not finite."""
     balance: dict[str, float] = Field(default_factory=dict)
     """Balance metrics (balance.metrics.summary): `name` mean over trees and layers, `name_worst`, `layer<i>/name`."""
 

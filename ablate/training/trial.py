@@ -17,24 +17,18 @@ import lightning.pytorch as pl
 import torch
 
 from ablate.config import ConfigError, Trial
-from ablate.data.module import TokenData
-from ablate.data.stream import StreamData
-from ablate.data.tokens import Prepared, prepare
-from ablate.data.windows import EVAL_BATCH_TOKENS
-from ablate.evaluation.evaluate import ask, check_tasks
 from ablate.evaluation.scores import Score
 from ablate.files import leftovers, replacing
 from ablate.kernels.backend import REFERENCE, choose, load
-from ablate.model.counts import count
 from ablate.results.layout import LAST, MODEL, MOTION, TREES, USAGE, WINDOWS
+from ablate.tasks.registry import open_task
+from ablate.tasks.task import TrialTask
 from ablate.training import ranks
-from ablate.training.callbacks import USAGE_PARTS, Evaluator, calibration_windows, damaged_parts, unusable
+from ablate.training.callbacks import USAGE_PARTS, Evaluator, damaged_parts, unusable
 from ablate.training.checkpoint import read_checkpoint, save_model, whole_zip
-from ablate.training.module import LanguageModel
+from ablate.training.module import TrialModule
 from ablate.training.ranks import Place
 from ablate.training.result import Observer, Provenance, TrialResult
-
-TASKS = ".cache/tasks"
 
 _log = logging.getLogger(__name__)
 
@@ -65,14 +59,13 @@ def run_trial(
     if not resume:
         (folder / LAST).unlink(missing_ok=True)
         shutil.rmtree(folder / USAGE_PARTS, ignore_errors=True)
-    prepared = prepare(trial.corpus, data_root)
-    check_tasks(trial.questions, prepared, data_root / TASKS)
+    task = open_task(trial, data_root)
     if devices == 1:
-        return _run(None, trial, prepared, data_root, folder, threads, observer, started)
+        return _run(None, trial, task, folder, threads, observer, started)
     each = None if threads is None else max(1, threads // devices)
     others = partial(_other_rank, trial=trial, data_root=data_root, folder=folder, threads=each)
     with ranks.started(devices, others) as place:
-        return _run(place, trial, prepared, data_root, folder, each, observer, started)
+        return _run(place, trial, task, folder, each, observer, started)
 
 
 def _check_devices(trial: Trial) -> None:
@@ -85,15 +78,13 @@ def _check_devices(trial: Trial) -> None:
 
 def _other_rank(place: Place, *, trial: Trial, data_root: Path, folder: Path, threads: int | None) -> None:
     """A process beside rank 0: trains with it, and leaves files and reports to it."""
-    prepared = prepare(trial.corpus, data_root)
-    _run(place, trial, prepared, data_root, folder, threads, None, time.perf_counter())
+    _run(place, trial, open_task(trial, data_root), folder, threads, None, time.perf_counter())
 
 
 def _run(
     place: Place | None,
     trial: Trial,
-    prepared: Prepared,
-    data_root: Path,
+    task: TrialTask,
     folder: Path,
     threads: int | None,
     observer: Observer | None,
@@ -104,40 +95,27 @@ def _run(
         torch.set_num_threads(threads)
     last = folder / LAST
     torch.manual_seed(trial.init_seed)
-    module = LanguageModel(trial, prepared.vocab_size)
+    module = TrialModule(trial, task)
     saved = _to_go_on_from(folder, module, place)
     resuming = saved is not None
     if not resuming:
-        module.model.calibrate(calibration_windows(prepared, trial))
-    batches: dict[str, Any] = {
-        "context": trial.model.context,
-        "batch_size": trial.train.batch_size // trial.train.accumulate // trial.train.devices,
-        "data_seed": trial.data_seed,
-        "steps": trial.train.steps * trial.train.accumulate,
-        "start_step": saved["global_step"] * trial.train.accumulate if saved else 0,
-        "eval_tokens": trial.train.eval_tokens,
-        "eval_batch_size": max(1, EVAL_BATCH_TOKENS // trial.model.context),
-    }
-    if trial.corpus.stream:
-        data: TokenData = StreamData(prepared, trial.corpus, data_root / ".cache", **batches)
-    else:
-        data = TokenData(prepared, **batches)
-    evaluator = Evaluator(trial, prepared, folder, observer, started)
+        module.model.calibrate(task.calibration())
+    data = task.data(saved["global_step"] if saved else 0)
+    evaluator = Evaluator(trial, task, folder, observer, started)
     trainer = _trainer(trial, evaluator, folder, place)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         trainer.fit(module, datamodule=data, ckpt_path=last if resuming else None, weights_only=True)
     scores: list[Score] = []
     device = trainer.strategy.root_device
-    if trial.questions.tasks and evaluator.status == "finished" and trainer.is_global_zero:
-        model = module.model.to(device)  # Lightning has put it back on the CPU
-        scores = ask(model, prepared, trial.questions, folder=folder, tasks_folder=data_root / TASKS)
+    if evaluator.status == "finished" and trainer.is_global_zero:
+        scores = task.ask(module.model.to(device), folder)  # Lightning has put it back on the CPU
     result = TrialResult(
         config=trial,
         status=evaluator.status,
         history=evaluator.history,
-        cost=count(trial, prepared.vocab_size),
-        provenance=_provenance(trial, prepared, device),
+        cost=task.cost(),
+        provenance=_provenance(trial, task, device),
         tokens_per_second=evaluator.history[-1].tokens / max(evaluator.history[-1].seconds, 1e-9),
         seconds=evaluator.spent(),
         message=evaluator.message,
@@ -146,12 +124,12 @@ def _run(
     if evaluator.status != "killed" and trainer.is_global_zero:
         _write_usage(evaluator, folder)
         if trial.train.keep_checkpoint and evaluator.status == "finished":
-            save_model(folder / MODEL, module.model, trial, prepared.tokenizer_hash)
+            save_model(folder / MODEL, module.model, trial, str(task.card["tokenizer_hash"]))
         last.unlink(missing_ok=True)
     return result
 
 
-def _to_go_on_from(folder: Path, module: LanguageModel, place: Place | None) -> dict[str, Any] | None:
+def _to_go_on_from(folder: Path, module: TrialModule, place: Place | None) -> dict[str, Any] | None:
     """Return the content of `last.ckpt`, None where there is none or it is damaged: then it is set aside.
 
     All ranks look, and rank 0 moves the file.
@@ -212,15 +190,15 @@ def _write_usage(evaluator: Evaluator, folder: Path) -> None:
     shutil.rmtree(folder / USAGE_PARTS, ignore_errors=True)
 
 
-def _provenance(trial: Trial, prepared: Prepared, device: torch.device) -> Provenance:
+def _provenance(trial: Trial, task: TrialTask, device: torch.device) -> Provenance:
     commit, dirty = _git()
     names = ("ablate", "torch", "numba", "lightning", "numpy", "tokenizers", "triton")
     versions = {"python": platform.python_version()} | {n: v for n in names if (v := _version(n))}
     return Provenance(
         git_commit=commit,
         git_dirty=dirty,
-        data_hash=prepared.data_hash,
-        tokenizer_hash=prepared.tokenizer_hash,
+        data_hash=str(task.card["data_hash"]),
+        tokenizer_hash=str(task.card["tokenizer_hash"]),
         machine=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model(),
         threads=torch.get_num_threads(),
         device=device.type,

@@ -132,7 +132,7 @@ def test_flips_of_a_real_study_are_seen(project: Path) -> None:
 def test_metrics_and_plots_are_dvcs(project: Path) -> None:
     [metrics] = json.loads(dvc(project, "metrics", "show", "--json")).values()
     assert metrics["data"]["out/tiny/metrics.json"]["data"]["trials"] == 2
-    for name, rows in (("bpb", 4), ("balance", 6)):
+    for name, rows in (("quality", 4), ("balance", 6)):
         chart = json.loads(dvc(project, "plots", "show", "--show-vega", f"out/tiny/plots/{name}.csv"))
         assert chart["title"]["text"].startswith("tiny: ")
         assert len(chart["data"]["values"]) == rows

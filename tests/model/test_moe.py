@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from ablate.config import ConfigError, Mixture, Tree, Trial
+from ablate.config import ConfigError, Corpus, Mixture, Task, Tree, Trial
 from ablate.model.convert import convert
 from ablate.model.counts import count
 from ablate.model.moe import MixtureFeedForward, load_loss
 from ablate.model.size import size
 from ablate.model.transformer import Transformer
-from ablate.training.module import LanguageModel
+from ablate.tasks.facts import Facts
+from ablate.training.module import TrialModule
 
 TRIAL = Trial.model_validate(
     {
@@ -59,16 +62,15 @@ def test_the_load_loss_is_one_when_balanced_and_pushes_towards_it() -> None:
     assert load_loss(even, torch.tensor([0, 1, 2] * 2)).item() == pytest.approx(1)
     crowded = torch.tensor([[0.8, 0.1, 0.1]] * 6)
     assert load_loss(crowded, torch.zeros(6, dtype=torch.int64)).item() == pytest.approx(2.4)
-    model = LanguageModel(TRIAL, 300)
-    tokens = torch.randint(300, (4, 33), generator=torch.Generator().manual_seed(0))
-    whole = model.training_step({"tokens": tokens}, 0)
+    facts = TRIAL.model_copy(update={"task": Task(kind="facts", facts=40), "corpus": Corpus()})
+    model = TrialModule(facts, Facts(facts, Path()))
+    whole = model.training_step({"inputs": torch.arange(40)}, 0)
     plain = model.take_train_loss()
     assert plain is not None
-    added = [m.last_load_loss for m in model.model.mixtures()]
-    assert len(added) == 2
-    mean = sum(loss.item() for loss in added if loss is not None) / 2
-    assert whole.item() == pytest.approx(plain + 0.01 * mean, rel=1e-6)
-    model.model.eval()(tokens[:, :-1])
+    (added,) = [m.last_load_loss for m in model.model.mixtures()]
+    assert added is not None
+    assert whole.item() == pytest.approx(plain + 0.01 * added.item(), rel=1e-6)
+    model.model.eval()(torch.arange(40))
     assert all(m.last_load_loss is None for m in model.model.mixtures())
 
 

@@ -228,9 +228,9 @@ class Search:
     @cached_property
     def base(self) -> str | None:
         """The candidate whose settings are the study's base, None where there is none."""
-        base = self.tables.study.trial({}).model_dump(mode="json")
+        base = self.tables.study.trial({})
         for arm, settings in self.settings.items():
-            if all(same(v, base[k.partition(".")[0]][k.partition(".")[2]]) for k, v in settings.items()):
+            if all(same(v, base.value(k)) for k, v in settings.items()):
                 return arm
         return None
 

@@ -85,14 +85,9 @@ def promote(name: str, root: Path, top: int) -> Path:
 
 def changed(study: Study, settings: dict[str, Any]) -> dict[str, Scalar]:
     """A candidate's settings that differ from the base, as the study file writes them."""
-    known = study.trial({key: value for key, value in settings.items() if value is not None}).model_dump(mode="json")
-    base = study.trial({}).model_dump(mode="json")
-    out: dict[str, Scalar] = {}
-    for key in settings:
-        section, _, field = key.partition(".")
-        if not same(known[section][field], base[section][field]):
-            out[key] = known[section][field]
-    return out
+    known = study.trial({key: value for key, value in settings.items() if value is not None})
+    base = study.trial({})
+    return {key: known.value(key) for key in settings if not same(known.value(key), base.value(key))}
 
 
 def unused(search: Search) -> list[int]:

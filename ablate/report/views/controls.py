@@ -115,7 +115,7 @@ def _recovered(c: Context, view: View) -> None:
     if all(cannot_tell(r) for r in found):
         view.reading.append(
             f"Cannot tell: the gap between dense layers of active and of total units is {found[0]['gap']:{of.form}} {of.short}, "
-            f"{found[0]['margins']:.1f} margins, and shares of it mean something from three on."
+            f"{found[0]['margins']:.1f} margins, and the gate needs five over its whole interval."
         )
         return
     view.reading += [r["text"] for r in found if not r["own_activation"] and not cannot_tell(r)][:8]

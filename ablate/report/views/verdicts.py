@@ -8,7 +8,7 @@ import numpy as np
 
 from ablate.analysis.families import judged
 from ablate.analysis.rates import RULES
-from ablate.config.endpoints import label_of
+from ablate.config.endpoints import Endpoint, label_of
 from ablate.report.answer import counts
 from ablate.report.context import Context
 from ablate.report.draw import rows_above, versus, zero
@@ -153,12 +153,24 @@ def _summary(c: Context) -> list[str]:
     out += [f["text"] for f in strongest]
     gap = c.findings["assay"]
     if gap:
-        can = "so it can tell layers apart" if gap["sensitive"] else "too few to tell layers apart (3 are needed)"
-        out.append(
-            f"Dense layers of active and of total size are {gap['gap']:{c.quality.form}} {c.quality.short} apart, "
-            f"{gap['margins']:.1f} margins: {can}."
-        )
+        out.append(gate(gap, c.quality))
     return out
+
+
+def gate(gap: dict[str, Any], of: Endpoint) -> str:
+    """Return a sentence on whether this task may compare trees with dense layers."""
+    spread = (
+        f" (95% interval {gap['interval'][0]:{of.form}} to {gap['interval'][1]:{of.form}})" if gap["interval"] else ""
+    )
+    can = (
+        "passed, so trees are compared with dense layers"
+        if gap["sensitive"]
+        else "failed, so no verdict is given on trees against dense layers"
+    )
+    return (
+        f"The gate: dense layers of active and of total size are {gap['gap']:{of.form}} {of.short} apart{spread}, "
+        f"{gap['margins']:.1f} margins; at least {gap['needed']:g} are needed over the whole interval: {can}."
+    )
 
 
 def _forest(view: View, endpoint: str, shown: list[dict[str, Any]]) -> None:

@@ -1,0 +1,150 @@
+"""How much a feed-forward layer can store: the class of each of N random keys, between a fixed input and a fixed readout.
+
+Keys have norm sqrt(d). Keys, classes, readout and the order of the batches follow from data_seed, so that arms of one seed
+store the same facts; only the layer is trained.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning import LightningDataModule
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ablate.config import Task, Trial, digest
+from ablate.config.endpoints import ACCURACY, KBIT_STORED
+from ablate.evaluation.scores import Score
+from ablate.model.counts import Cost, cost_of, count_layer
+from ablate.model.network import Network, evaluating, feedforward
+from ablate.tasks.task import Batch, DrawnData, Watch, Windows, normal
+
+READOUT = 4.0
+"""Scale of the readout: its columns have this expected norm."""
+EVALUATED = 8192
+"""Keys run at a time."""
+KEYS, BATCHES = 0, 1  # random streams of a data_seed
+
+
+class FactsModel(Network):
+    """Logits [B, C] of key numbers int64 [B]: key, one feed-forward layer, readout."""
+
+    keys: Tensor
+    classes: Tensor
+    readout: Tensor
+
+    def __init__(self, trial: Trial) -> None:
+        super().__init__()
+        task, d = trial.task, trial.model.d_model
+        rng = np.random.default_rng([trial.data_seed, KEYS])
+        self.register_buffer("keys", torch.from_numpy(draw_keys(task, d, rng)), persistent=False)
+        classes = torch.from_numpy(rng.integers(0, task.classes, task.facts))
+        self.register_buffer("classes", classes, persistent=False)
+        readout = normal(rng, d, task.classes) * np.float32(READOUT / math.sqrt(d))
+        self.register_buffer("readout", torch.from_numpy(readout), persistent=False)
+        generator = torch.Generator().manual_seed(trial.init_seed)
+        self.feedforward = feedforward(trial, generator, trial.train.backend)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return logits [B, C] of key numbers [B]."""
+        x = self.keys[ids]
+        y = torch.zeros_like(x) if self.feedforward is None else self.feedforward(x)
+        logits: Tensor = y @ self.readout.to(y.dtype)
+        return logits
+
+
+class Facts:
+    """N facts, judged in kbit stored."""
+
+    def __init__(self, trial: Trial, data_root: Path) -> None:
+        self.trial, self.task = trial, trial.task
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """Return the data card; the hash names the way keys are drawn, which seeds and settings then fix."""
+        return {"source": {"source": "facts"}, "data_hash": digest(["facts", 1]), "tokenizer_hash": ""}
+
+    def cost(self) -> Cost:
+        """Return parameters of the layer, which alone is trained; arithmetic with the readout."""
+        layer = count_layer(self.trial)
+        flops = 2 * (layer.active_weights + self.trial.model.d_model * self.task.classes)
+        return cost_of(layer, layers=1, shared_params=0, flops_per_token=flops)
+
+    def model(self) -> Network:
+        """Return the untrained model."""
+        return FactsModel(self.trial)
+
+    def calibration(self) -> Tensor:
+        """Return all keys."""
+        return torch.arange(self.task.facts)
+
+    def data(self, start_step: int) -> LightningDataModule:
+        """Return batches of keys drawn with replacement; every evaluation asks for all of them."""
+        train = self.trial.train
+        size, parts = train.batch_size // train.accumulate, train.accumulate
+
+        def draw(step: int) -> Tensor:
+            rng = np.random.default_rng([self.trial.data_seed, BATCHES, step])
+            return torch.from_numpy(rng.integers(0, self.task.facts, size))
+
+        every = torch.split(torch.arange(self.task.facts), EVALUATED)
+        return DrawnData(draw, range(start_step * parts, train.steps * parts), list(every))
+
+    def loss(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        """Return the mean cross-entropy (nats) of the classes of keys [B]."""
+        return F.cross_entropy(model(inputs).float(), _classes(model)[inputs])
+
+    def labels(self, inputs: Tensor) -> None:
+        """Return nothing: a key's number is its own and no other's."""
+        return
+
+    @torch.no_grad()
+    def measure(
+        self, model: nn.Module, batches: Iterable[Batch], watch: Watch, windows: Windows | None = None
+    ) -> dict[str, float]:
+        """Return bits stored, in all and for each parameter of the layer, and the share of classes that are known."""
+        classes = _classes(model)
+        sums = torch.zeros(2, dtype=torch.float64, device=classes.device)
+        with evaluating(model):
+            for batch in batches:
+                ids = batch["inputs"].to(classes.device)
+                logits, wanted = model(ids).float(), classes[ids]
+                sums[0] += F.cross_entropy(logits, wanted, reduction="sum").double()
+                sums[1] += (logits.argmax(1) == wanted).sum()
+                watch(ids)
+        nats, known = sums.tolist()
+        # Below 0 guessing would do better, so nothing is stored; a loss that is not finite stays visible.
+        bits = self.task.facts * math.log2(self.task.classes) - nats / math.log(2)
+        bits = max(0.0, bits) if math.isfinite(bits) else bits
+        params = count_layer(self.trial).total_params
+        return {
+            KBIT_STORED.name: bits / 1000,
+            "bits_per_param": bits / params if params else 0.0,
+            ACCURACY.name: known / self.task.facts,
+        }
+
+    def ask(self, model: nn.Module, folder: Path) -> list[Score]:
+        """Return no score: there are no questions."""
+        return []
+
+
+def draw_keys(task: Task, d: int, rng: np.random.Generator) -> NDArray[np.float32]:
+    """Draw keys [N, d] of norm sqrt(d), whose variance is even or falls along random orthogonal directions."""
+    keys = normal(rng, task.facts, d)
+    if task.keys == "correlated":
+        directions = np.linalg.qr(rng.standard_normal((d, d)))[0]
+        sd = np.arange(1, d + 1) ** (-task.spectrum / 2)
+        keys = (keys * sd @ directions.T).astype(np.float32)
+    keys *= math.sqrt(d) / np.linalg.norm(keys, axis=1, keepdims=True)
+    return keys
+
+
+def _classes(model: nn.Module) -> Tensor:
+    assert isinstance(model, FactsModel)
+    return model.classes
