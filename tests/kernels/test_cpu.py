@@ -172,6 +172,24 @@ def test_kernels_compile_where_nothing_can_be_cached() -> None:
     assert jit(space["add"])(1) == 2
 
 
+def test_a_changed_kernel_file_never_meets_old_code_of_another(tmp_path: Path) -> None:
+    """Numba keeps what was compiled into a function for as long as that function's own file is the same."""
+    folder = tmp_path / "kernels"
+    folder.mkdir()
+    (folder / "outer.py").write_text(
+        "from inner import inner\nfrom ablate.kernels.cpu import jit as home\nhome.SOURCES = (home.Path(__file__).parent,)\n"
+        "@home.jit\ndef outer(x):\n    return inner(x) + 1\nprint(outer(1))\n"
+    )
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    for factor in (10, 20):
+        (folder / "inner.py").write_text(f"import numba\n@numba.njit\ndef inner(x):\n    return {factor} * x\n")
+        done = subprocess.run(
+            [sys.executable, "outer.py"], cwd=folder, env=environment, capture_output=True, text=True, check=True
+        )
+        assert int(done.stdout) == factor + 1
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
 @pytest.mark.soak
 def test_two_processes_may_compile_at_once(tmp_path: Path) -> None:
     """Both write the same cache, and both results are right."""
