@@ -76,7 +76,7 @@ def run_study(
                 f"  optuna-dashboard {masked(job.storage)!r}   shows it while it runs (pip install optuna-dashboard)"
             )
             if tracker:
-                with display.busy("opening MLflow"):
+                with display.busy("opening MLflow ..."):
                     tracker.start_study(job.plan, layout, card)
             if run is None and isinstance(engine, LocalEngine):
                 finished = layout.done()
@@ -111,6 +111,10 @@ def _prepared(
     for partial in leftovers(layout.results):
         partial.unlink(missing_ok=True)
     storage = storage or default_storage(layout.root)
+    if run is None:
+        from ablate.data.tokens import corpus_key
+
+        corpus_key(study.trial({}).corpus, data_root)  # A source that is missing is said before anything takes long.
     with display.busy("opening the stores ..."):
         open_or_rebuild(storage, layout.root, display.say)
         if tracker:
@@ -118,7 +122,7 @@ def _prepared(
     _repair(layout, display.say)
     card = None
     if run is None:
-        with display.busy("preparing the corpus"):
+        with display.busy("preparing the corpus ..."):
             card = _data_card(study, data_root)
         _set_aside(layout, card)
     job = Job(

@@ -126,7 +126,7 @@ def test_a_stop_ends_a_command_in_seconds(name: str, project: Path) -> None:
 def test_the_second_stop_ends_a_study_at_once(tmp_path: Path) -> None:
     stop = stopped([*STUDY, str(tmp_path), "1", "slow", "{}"], ROOT, 6.0, signal.SIGINT, twice=True)
     assert stop.seconds <= 2 * ORPHAN_SECONDS
-    assert stop.code == 130
+    assert stop.code in {130, -signal.SIGINT}, "the second may come when Python is on its way out"
 
 
 @pytest.mark.soak
