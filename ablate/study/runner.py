@@ -111,10 +111,11 @@ def _prepared(
     for partial in leftovers(layout.results):
         partial.unlink(missing_ok=True)
     storage = storage or default_storage(layout.root)
-    if run is None:
+    first = study.trial({})
+    if run is None and first.task.kind == "language":
         from ablate.data.tokens import corpus_key
 
-        corpus_key(study.trial({}).corpus, data_root)  # A source that is missing is said before anything takes long.
+        corpus_key(first.corpus, data_root)  # a source that is missing is said before anything takes long
     with display.busy("opening the stores ..."):
         open_or_rebuild(storage, layout.root, display.say)
         if tracker:
