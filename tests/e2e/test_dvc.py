@@ -22,14 +22,14 @@ MADE = (
     "out/{}/report.md",
     "out/{}/figures/a.png",
     "out/{}/tables/a.csv",
-    "out/{}/plots/bpb.csv",
+    "out/{}/plots/quality.csv",
     "out/{}/plots/balance.csv",
     "out/{}/plots/effects.csv",
 )
 
 
 CURVES = {
-    "bpb.csv": "arm,step,bpb,n\ncentred,0,8.1,2\ncentred,8,5.6,2\nsign,0,8.0,2\nsign,8,5.7,2\n",
+    "quality.csv": "arm,step,quality,n\ncentred,0,8.1,2\ncentred,8,5.6,2\nsign,0,8.0,2\nsign,8,5.7,2\n",
     "balance.csv": "arm,step,n_eff_frac,n\ncentred,0,0.9,2\ncentred,8,0.8,2\nsign,0,0.9,2\nsign,8,0.5,2\n",
     "effects.csv": "comparison,endpoint,effect,low,high,verdict\n"
     "centred vs sign,bpb,-0.1,-0.3,0.1,inconclusive\ncentred vs sign,n_eff_frac,0.3,0.2,0.4,supported\n",
@@ -105,6 +105,6 @@ def test_plots_are_drawn_without_a_network(finished: Path, tmp_path: Path) -> No
         page.screenshot(path=tmp_path / "plots.png", full_page=True)
     assert errors == []
     assert [url for url in asked if not url.startswith("file:")] == []
-    assert {"other: bits per byte over training", "optimizer step", "centred vs sign", "n_eff_frac, difference"} <= {
+    assert {"other: quality over training", "optimizer step", "centred vs sign", "n_eff_frac, difference"} <= {
         *shown
     }
