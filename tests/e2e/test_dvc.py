@@ -105,6 +105,4 @@ def test_plots_are_drawn_without_a_network(finished: Path, tmp_path: Path) -> No
         page.screenshot(path=tmp_path / "plots.png", full_page=True)
     assert errors == []
     assert [url for url in asked if not url.startswith("file:")] == []
-    assert {"other: quality over training", "optimizer step", "centred vs sign", "n_eff_frac, difference"} <= {
-        *shown
-    }
+    assert {"other: quality over training", "optimizer step", "centred vs sign", "n_eff_frac, difference"} <= {*shown}

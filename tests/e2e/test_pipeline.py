@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import json
 import os
 import shutil
@@ -59,8 +60,10 @@ def make_project(folder: Path, studies: dict[str, str], *, git: bool) -> Path:
         subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
     subprocess.run(["dvc", "init", "-q", *([] if git else ["--no-scm"])], cwd=folder, check=True, env=ENVIRONMENT)
     shutil.copytree(ROOT / ".dvc" / "plots", folder / ".dvc" / "plots")
-    with (folder / ".dvc" / "config").open("a") as config:
-        config.write((ROOT / ".dvc" / "config").read_text())
+    settings = configparser.ConfigParser()
+    settings.read([folder / ".dvc" / "config", ROOT / ".dvc" / "config"])
+    with (folder / ".dvc" / "config").open("w") as config:
+        settings.write(config)
     return folder
 
 

@@ -108,8 +108,16 @@ def write_study(
     results.mkdir(parents=True, exist_ok=True)
     plan = {
         "study": name,
+        "design": "factorial",
         "hash": "0123456789ab",
-        "trials": [{k: r[k] for k in ("trial", "arm", "seed", "kind")} for r in rows],
+        "space": "s" * 12,
+        "seeds": sorted({r["seed"] for r in rows}),
+        "objectives": ["bpb"],
+        "notes": [],
+        "arms": [{"label": arm} for arm in sorted({r["arm"] for r in rows})],
+        "trials": [{k: r[k] for k in ("trial", "arm", "seed", "kind", "lr")} | {"factors": {}} for r in rows],
+        "waiting_for_tune": 0,
+        "tuned": {},
     }
     (results / "plan.json").write_text(json.dumps(plan, indent=1), encoding="utf-8")
 

@@ -80,7 +80,7 @@ def test_axe_finds_no_violation(browser: Browser, page_path: Path, size: str) ->
 
 def test_widgets_answer_to_the_keyboard(browser: Browser, page_path: Path) -> None:
     page, errors, _ = opened(browser, page_path, "desktop")
-    page.get_by_label("Evaluation").focus()
+    page.get_by_role("slider", name="Evaluation").focus()
     end = page.locator("[data-widget=usage] output").inner_text()
     page.keyboard.press("Home")
     start = page.locator("[data-widget=usage] output").inner_text()

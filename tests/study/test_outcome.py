@@ -10,7 +10,11 @@ import pytest
 
 from ablate.config import Study, parse
 from ablate.results.layout import Layout
+from ablate.results.record import save_record
+from ablate.study.designs import expand
 from ablate.study.outcome import Outcome, finished, remember
+from ablate.study.records import save_plan
+from tests.results.test_collect import record
 
 SETTINGS = {"name": "done", "factors": {"tree.mirror": [0, 1]}}
 
@@ -24,10 +28,9 @@ def study(folder: Path, **changes: object) -> Study:
 
 @pytest.fixture
 def done(tmp_path: Path) -> Path:
-    layout = Layout(tmp_path, "done")
-    layout.results.mkdir(parents=True)
-    for name in ("plan", "0123456789ab"):
-        (layout.results / f"{name}.json").write_text("{}")
+    layout, plan = Layout(tmp_path, "done"), expand(study(tmp_path))
+    save_plan(layout, plan)
+    save_record(layout, record(plan, 0, tmp_path / "usage.parquet"), tmp_path)
     remember(study(tmp_path), tmp_path, [None, None], Outcome(1, 1))
     return tmp_path
 
@@ -38,9 +41,10 @@ def test_nothing_changed(done: Path) -> None:
 
 def test_what_changed_is_looked_at_closely(done: Path) -> None:
     layout = Layout(done, "done")
+    [trial] = layout.done()
     assert finished(study(done, seeds=[0]), done, [None, None]) is None
     assert finished(study(done), done, ["sqlite:///elsewhere.db", None]) is None
-    spool = layout.state / "spool/done/0123456789ab.jsonl"
+    spool = layout.state / f"spool/done/{trial}.jsonl"
     spool.parent.mkdir(parents=True)
     spool.touch()
     assert finished(study(done), done, [None, None]) is None, "a run waits to be sent to MLflow"
@@ -49,7 +53,7 @@ def test_what_changed_is_looked_at_closely(done: Path) -> None:
     (done / "text.txt").write_text("other text\n")
     assert finished(study(done), done, [None, None]) is None
     (done / "text.txt").write_text("some text\n")
-    layout.record("0123456789ab").unlink()
+    layout.record(trial).unlink()
     assert finished(study(done), done, [None, None]) is None
 
 

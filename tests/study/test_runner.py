@@ -202,7 +202,10 @@ def _claim(root: Path, number: int) -> list[str]:
 def test_no_trial_is_claimed_twice(tmp_path: Path) -> None:
     """Optuna's own claim on SQLite, read and then write, hands the same trial to two workers now and then."""
     plan = expand(objective.study(seeds=list(range(20))))
-    Queue(plan, open_storage(default_storage(tmp_path))).reconcile(set(), load_record, "here")  # type: ignore[arg-type]
+    queue = Queue(plan, open_storage(default_storage(tmp_path)))
+    queue.reconcile(set(), load_record, "here")  # type: ignore[arg-type]
+    for _ in plan.trials:  # each call puts in what it can in half a second
+        queue.fill(0)
     with multiprocessing.get_context("spawn").Pool(4) as pool:
         claims = pool.starmap(_claim, [(tmp_path, i) for i in range(4)])
     assert sorted(itertools.chain(*claims)) == sorted(t.hash for t in plan.trials)

@@ -123,8 +123,6 @@ def test_findings_are_logged_once_to_one_run_of_the_study(root: Path) -> None:
 def test_the_studys_run_carries_what_its_findings_come_to(tmp_path: Path) -> None:
     write_study(tmp_path, factors={"tree.mirror": [0.0, 1.0]}, controls=False, tune=False, usage=0, diverged=False)
     findings = json.loads(analyse("demo", tmp_path).read_text())
-    plan = json.loads(Layout(tmp_path, "demo").plan.read_text())
-    Layout(tmp_path, "demo").plan.write_text(json.dumps({"space": "s" * 12, **plan}))
     for _ in range(2):
         run = log_report("demo", tmp_path, ["findings.json"])
     assert run is not None
