@@ -212,7 +212,7 @@ def check_trials(root: Path, study: Study, found: dict[str, Record]) -> None:
         trial.user_attrs
         for one in stored.values()
         for trial in one.trials
-        if trial.state.name in {"COMPLETE", "PRUNED"}
+        if trial.state.name in {"COMPLETE", "PRUNED"} | ({"WAITING"} if study.design == "search" else set())
     ]
     for one in stored.values():
         assert one.metric_names == study.objectives
@@ -227,18 +227,18 @@ def check_trials(root: Path, study: Study, found: dict[str, Record]) -> None:
     finals = [name for name, record in found.items() if record.kind == "finalist"]
     assert sorted(finals) == sorted(t["trial"] for t in plan["trials"])
     assert len(finals) == study.finalists.count * len(study.finalist_seeds)
-    assert sorted(name for d in done for name in ([d["trial"]] if "trial" in d else d["runs"].values())) == sorted(
-        found
-    )
+    assert sorted(
+        name for d in done for name in ([d["trial"]] if "trial" in d else d.get("runs", {}).values())
+    ) == sorted(found)
 
 
 def check_report(root: Path, study: Study, found: dict[str, Record]) -> None:
     """Findings and report speak of all arms, and a search's finalists become a study that can be planned."""
-    findings = json.loads((root / "reports/mine/findings.json").read_text())
+    findings = json.loads((root / "out/mine/findings.json").read_text())
     assert findings["study"] == "mine"
-    metrics = json.loads((root / "reports/mine/metrics.json").read_text())
+    metrics = json.loads((root / "out/mine/metrics.json").read_text())
     assert metrics["trials"] == len(found)
-    report = (root / "reports/mine/report.md").read_text()
+    report = (root / "out/mine/report.md").read_text()
     assert study.title in report
     finals = {record.arm for record in found.values() if record.kind == "finalist"}
     for arm in finals or {record.arm for record in found.values()}:
