@@ -32,7 +32,7 @@ figures: $(VENV)/.installed ## Draw every published report from its stored table
 	$(BIN)/ablate figures
 
 # Files in their own order: xdist would put those of few tests last, and the longest of all, the interpreter lane, is one.
-test: lint ## Lint, type-check and run the tests (under 8 minutes on 2 cores).
+test: lint ## Lint, type-check and run the fast tests (12 minutes on 2 cores).
 	$(BIN)/python -m pytest -m "not soak and not soak_short" -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed-dev ## Style and types.
@@ -43,7 +43,7 @@ lint: $(VENV)/.installed-dev ## Style and types.
 soak: $(VENV)/.installed-dev ## Long proofs (up to an hour).
 	$(BIN)/python -m pytest -m soak --timeout 3600
 
-brief: $(VENV)/.installed-dev ## A cut of the long proofs, some minutes long.
+brief: $(VENV)/.installed-dev ## Short cuts of the long proofs (10 minutes on 2 cores).
 	ABLATE_KILLS=$${ABLATE_KILLS:-6} $(BIN)/python -m pytest -m soak_short -n 2 --dist load
 
 gpu: ## Measure everything a GPU can tell, into build/gpu; needs CUDA PyTorch and Triton, installs nothing.
