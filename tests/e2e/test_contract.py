@@ -47,7 +47,7 @@ GRID = {"tree.depth": [2, 3], "tree.mirror": [0, 1]}
 DESIGNS: dict[str, Settings] = {
     "factorial": {"factors": GRID},
     "one_at_a_time": {"factors": GRID},
-    "confirm": {"arms": {"shallow": {"tree.depth": 2}, "even": {"tree.mirror": 1}}},
+    "confirm": {"factors": {}, "arms": {"shallow": {"tree.depth": 2}, "even": {"tree.mirror": 1}}},
     "search": {
         "factors": {
             "tree.depth": [2, 3],
