@@ -217,6 +217,38 @@ def generate(
 
 
 @app.command()
+@example("keys 1a94e238e7b2 --block 1 --count 8192 --out keys.npy")
+def keys(
+    run: Run,
+    out: Annotated[Path, typer.Option(help="Where the vectors go, as a NumPy file.")] = Path("keys.npy"),
+    block: Annotated[int, typer.Option(min=0, help="Which block's feed-forward layer; 0 is the first.")] = 0,
+    count: Annotated[int, typer.Option(min=2, help="Vectors wanted.")] = 8192,
+    tokens: Annotated[int, typer.Option(min=1, help="Held-out tokens that the model reads.")] = 65536,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draw among all positions.")] = 0,
+) -> None:
+    """Write inputs of a trained model's feed-forward layer, for task facts with `keys: residual`."""
+    from ablate.training.runs import find_checkpoint
+
+    path = find_checkpoint(run, ROOT)  # before torch is imported, which takes seconds
+    with busy("running the model"):
+        import numpy as np
+        import torch
+
+        from ablate.data.windows import evaluation_batches
+        from ablate.evaluation.evaluate import corpus_of
+        from ablate.evaluation.residual import residual_keys
+        from ablate.files import replacing
+        from ablate.training.checkpoint import load_model
+
+        model, trial, tokenizer = load_model(path)
+        batches = evaluation_batches(corpus_of(trial, tokenizer, DATA).validation, trial.model.context, tokens)
+        vectors = residual_keys(model, torch.cat([b["tokens"][:, :-1] for b in batches]), block, count, seed)
+        with replacing(out) as partial, partial.open("wb") as file:
+            np.save(file, vectors)
+    print(f"{out}: {len(vectors):,} vectors of width {vectors.shape[1]} from block {block} of {path}")
+
+
+@app.command()
 @example("size --preset gpt-1.3b --tokens-per-second 12000")
 def size(
     file: Annotated[Path | None, typer.Argument(help="A study file, for its base.", show_default=False)] = None,

@@ -96,9 +96,9 @@ class Tree(Settings):
     """sign: thresholds stay at 0; centred: they follow each node's balance, without a loss term."""
     router_input: Literal["raw", "centred"] = "raw"
     """centred: nodes decide by x minus its running mean over tokens."""
-    router: Literal["tied", "frozen", "separate", "hash"] = "tied"
-    """tied: nodes decide by their learnt weights; frozen: by a copy of their initial ones; separate: by weights of their own that
-    never learn; hash: a leaf follows from a hash of the signs of x."""
+    router: Literal["tied", "fixed", "frozen", "separate", "hash"] = "tied"
+    """tied: nodes decide by their learnt input weights; fixed: the same, but these weights never learn; frozen: by a copy of their
+    initial ones; separate: by weights of their own that never learn; hash: a leaf follows from a hash of the signs of x."""
     node_backward: NodeBackward = "own"
     """Slope in the gradients of node w_in and b only: phi'(z), its mean with phi'(-z), phi'(-z), or f'(z) whatever the mirror."""
     init: Literal["uniform", "zero_bias", "orthogonal", "median_split"] = "uniform"

@@ -12,7 +12,7 @@ TaskKind = Literal["language", "facts", "teacher", "digits"]
 DIGIT_PATCHES = 16
 """Patches that an image of digits is cut into."""
 
-OWN = {"facts": ("facts", "classes", "keys", "spectrum"), "teacher": ("teacher_width",)}
+OWN = {"facts": ("facts", "classes", "keys", "spectrum", "keys_file"), "teacher": ("teacher_width",)}
 """The settings that only one kind of task reads."""
 
 
@@ -26,10 +26,12 @@ class Task(Settings):
     """facts: N, keys to remember."""
     classes: Annotated[int, Field(ge=2, le=2**16)] = 64
     """facts: C; each key has one of so many classes."""
-    keys: Literal["iid", "correlated"] = "iid"
-    """facts: equal variance in every direction, or the one that `spectrum` gives."""
+    keys: Literal["iid", "correlated", "residual"] = "iid"
+    """facts: equal variance in every direction, the one that `spectrum` gives, or vectors of a trained model from `keys_file`."""
     spectrum: Annotated[float, Field(ge=0, le=8)] = 1.0
     """facts with correlated keys: the i-th direction's variance is i to the power of minus this."""
+    keys_file: str | None = None
+    """facts with residual keys: what `ablate keys` wrote."""
     teacher_width: Annotated[int, Field(ge=1, le=2**16)] = 64
     """teacher: T, hidden units of the network that is learnt."""
 
@@ -40,8 +42,10 @@ class Task(Settings):
                 value = getattr(self, name)
                 if kind != self.kind and value != type(self).model_fields[name].default:
                     raise ValueError(f"{name} is {value!r}: only task {kind!r} has it, not {self.kind!r}")
-        if self.keys == "iid" and self.spectrum != type(self).model_fields["spectrum"].default:
+        if self.keys != "correlated" and self.spectrum != type(self).model_fields["spectrum"].default:
             raise ValueError(f"spectrum is {self.spectrum!r}: it needs keys 'correlated'")
+        if (self.keys == "residual") != bool(self.keys_file):
+            raise ValueError(f"keys_file is {self.keys_file!r}: it is given with keys 'residual', and only then")
         return self
 
 

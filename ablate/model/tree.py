@@ -137,10 +137,11 @@ class TreeFeedForward(nn.Module):
             self.calibrate(x)
         thresholds = self.effective_thresholds()
         leaves, decisions = self._route(x, thresholds)
+        w_in, b = self._learning()
         y, taken, responses = tree_feedforward(
             x,
-            self.w_in,
-            self.b,
+            w_in,
+            b,
             self.w_out,
             self.spec,
             thresholds=thresholds,
@@ -158,6 +159,15 @@ class TreeFeedForward(nn.Module):
                     sums.add_(rule.sums(self, flat, taken, decisions))
         return y
 
+    def _learning(self) -> tuple[Tensor, Tensor | None]:
+        """Return w_in and b; with `router: fixed` no gradient reaches their node rows."""
+        nodes = self.spec.nodes
+        if self.tree.router != "fixed" or not nodes or not torch.is_grad_enabled():
+            return self.w_in, self.b
+        parts = [p if p is None else torch.cat([p[:, :nodes].detach(), p[:, nodes:]], 1) for p in (self.w_in, self.b)]
+        assert parts[0] is not None
+        return parts[0], parts[1]
+
     def effective_thresholds(self) -> Tensor | None:
         """t_n [K, M] of all settings together, None where every one of them is 0."""
         shifts = [rule.shift(self) for rule in self._rules] if self.spec.depth else []
@@ -168,7 +178,8 @@ class TreeFeedForward(nn.Module):
         """Node rows [K, M, d] and biases [K, M] that decide: the weights' own, a frozen copy or separate ones."""
         if self.router_w is not None:
             return self.router_w, self.router_b
-        return self.w_in[:, : self.spec.nodes], None if self.b is None else self.b[:, : self.spec.nodes]
+        w_in, b = self._learning()
+        return w_in[:, : self.spec.nodes], None if b is None else b[:, : self.spec.nodes]
 
     @torch.no_grad()
     def finish_step(self, rate: float = 1.0) -> None:

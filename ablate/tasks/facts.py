@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from lightning import LightningDataModule
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ablate.config import Task, Trial, digest
+from ablate.config import ConfigError, Task, Trial, digest, reason
 from ablate.config.endpoints import ACCURACY, KBIT_STORED
+from ablate.data.local_files import expanded
 from ablate.evaluation.scores import Score
 from ablate.model.counts import Cost, cost_of, count_layer
 from ablate.model.network import Network, evaluating, feedforward
@@ -39,11 +41,12 @@ class FactsModel(Network):
     classes: Tensor
     readout: Tensor
 
-    def __init__(self, trial: Trial) -> None:
+    def __init__(self, trial: Trial, vectors: NDArray[np.float32] | None = None) -> None:
         super().__init__()
         task, d = trial.task, trial.model.d_model
         rng = np.random.default_rng([trial.data_seed, KEYS])
-        self.register_buffer("keys", torch.from_numpy(draw_keys(task, d, rng)), persistent=False)
+        keys = draw_keys(task, d, rng) if vectors is None else choose_keys(task, vectors, rng)
+        self.register_buffer("keys", torch.from_numpy(keys), persistent=False)
         classes = torch.from_numpy(rng.integers(0, task.classes, task.facts))
         self.register_buffer("classes", classes, persistent=False)
         readout = normal(rng, d, task.classes) * np.float32(READOUT / math.sqrt(d))
@@ -64,11 +67,13 @@ class Facts:
 
     def __init__(self, trial: Trial, data_root: Path) -> None:
         self.trial, self.task = trial, trial.task
+        self.vectors = read_keys(trial) if trial.task.keys_file else None
 
     @property
     def card(self) -> dict[str, Any]:
-        """Return the data card; the hash names the way keys are drawn, which seeds and settings then fix."""
-        return {"source": {"source": "facts"}, "data_hash": digest(["facts", 1]), "tokenizer_hash": ""}
+        """Return the data card; the hash names the way keys are drawn, which seeds and settings then fix, and a file's content."""
+        content = [] if self.vectors is None else [sha256(self.vectors.tobytes()).hexdigest()]
+        return {"source": {"source": "facts"}, "data_hash": digest(["facts", 1, *content]), "tokenizer_hash": ""}
 
     def cost(self) -> Cost:
         """Return parameters of the layer, which alone is trained; arithmetic with the readout."""
@@ -78,7 +83,7 @@ class Facts:
 
     def model(self) -> Network:
         """Return the untrained model."""
-        return FactsModel(self.trial)
+        return FactsModel(self.trial, self.vectors)
 
     def calibration(self) -> Tensor:
         """Return all keys."""
@@ -141,8 +146,47 @@ def draw_keys(task: Task, d: int, rng: np.random.Generator) -> NDArray[np.float3
         directions = np.linalg.qr(rng.standard_normal((d, d)))[0]
         sd = np.arange(1, d + 1) ** (-task.spectrum / 2)
         keys = (keys * sd @ directions.T).astype(np.float32)
-    keys *= math.sqrt(d) / np.linalg.norm(keys, axis=1, keepdims=True)
-    return keys
+    return _of_one_length(keys)
+
+
+def choose_keys(task: Task, vectors: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
+    """Choose keys [N, d] of norm sqrt(d) among the vectors [V, d] of a file, without repeats."""
+    return _of_one_length(vectors[rng.permutation(len(vectors))[: task.facts]])
+
+
+def read_keys(trial: Trial) -> NDArray[np.float32]:
+    """Return the vectors [V, d] of a trial's file of keys.
+
+    Raises:
+        ConfigError: it cannot be read, or its vectors are too few, not finite, 0, or not as wide as the layer.
+    """
+    path, d = expanded(trial.task.keys_file or ""), trial.model.d_model
+    where = f"task.keys_file {str(path)!r}"
+    try:
+        found = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ConfigError(
+            f"{where} cannot be read: {reason(error)}; a file that `ablate keys` wrote is expected"
+        ) from None
+    if not isinstance(found, np.ndarray) or found.dtype.kind != "f" or found.ndim != 2 or found.shape[1] != d:
+        shape = f"{found.dtype} {list(found.shape)}" if isinstance(found, np.ndarray) else "several arrays"
+        raise ConfigError(
+            f"{where} holds {shape}: vectors [V, {d}] of floating-point numbers are expected (model.d_model)"
+        )
+    if len(found) < trial.task.facts:
+        raise ConfigError(f"task.facts is {trial.task.facts}: {where} has {len(found)} vectors")
+    vectors: NDArray[np.float32] = found.astype(np.float32)
+    norms = np.linalg.norm(vectors, axis=1)
+    if not (np.isfinite(norms) & (norms > 0)).all():
+        raise ConfigError(f"{where} has a vector that is 0 or not finite: its keys have no direction")
+    return vectors
+
+
+def _of_one_length(keys: NDArray[np.float32]) -> NDArray[np.float32]:
+    scaled: NDArray[np.float32] = (
+        keys * np.float32(math.sqrt(keys.shape[1])) / np.linalg.norm(keys, axis=1, keepdims=True)
+    )
+    return scaled
 
 
 def _classes(model: nn.Module) -> Tensor:

@@ -45,8 +45,9 @@ class TreeAdamW(torch.optim.AdamW):
         before = [(rows, rows.clone()) for t in self._trees for rows in _node_rows(t)] if self._scale != 1.0 else []
         if self._decay:
             for tree in self._trees:
-                # Without node_output no gradient ever reaches node rows: they are frozen, so they must not shrink either.
-                self._shrink(tree.w_in, first=0 if tree.spec.node_output else tree.spec.nodes)
+                # Node rows that no gradient ever reaches are frozen, so they must not shrink either.
+                learns = tree.spec.node_output and tree.tree.router != "fixed"
+                self._shrink(tree.w_in, first=0 if learns else tree.spec.nodes)
                 self._shrink(tree.w_out, first=0)
         super().step()
         for rows, then in before:

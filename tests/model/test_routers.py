@@ -14,6 +14,7 @@ from ablate.model.ragged import keep
 from ablate.model.tree import TreeFeedForward
 from ablate.tasks.facts import Facts
 from ablate.training.module import TrialModule
+from ablate.training.optimizer import TreeAdamW
 from ablate.training.trial import run_trial
 
 
@@ -131,13 +132,32 @@ def test_routers_that_cannot_be_are_refused_in_one_line(base: dict[str, Any], me
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("router", ["separate", "hash"])
-def test_trials_with_a_fixed_router_run_and_resume(router: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("router", ["fixed", "separate", "hash"])
+def test_trials_whose_routers_never_learn_run_and_resume(router: str, tmp_path: Path) -> None:
     config = facts(tree={"router": router}, train={"checkpoint_every": 3})
     result = run_trial(config, data_root=tmp_path, folder=tmp_path / router, threads=1)
     assert result.status == "finished"
     assert result.final.balance["n_eff_frac"] > 0.5
-    assert ("ceiling" in result.final.balance) == (router == "separate")
+    assert ("ceiling" in result.final.balance) == (router != "hash")
+
+
+@pytest.mark.parametrize("losses", [{}, {"load_loss": 0.1, "region_leak": 0.1}], ids=["", "auxiliary"])
+def test_nodes_of_a_fixed_router_keep_their_input_weights_and_learn_their_output(losses: dict[str, float]) -> None:
+    config = facts(tree={"router": "fixed"}, train={"weight_decay": 0.1, **losses})
+    module = TrialModule(config, Facts(config, Path()))
+    (tree,) = module.model.trees()
+    nodes, optimizer = tree.spec.nodes, TreeAdamW(module.model, config.train)
+    tree.region_leak, tree.load_loss = config.train.region_leak, bool(config.train.load_loss)
+    before = {name: p.detach().clone() for name, p in tree.named_parameters()}
+    tree(torch.randn(64, 16, generator=torch.Generator().manual_seed(1))).square().sum().backward()
+    optimizer.step()
+    moved = {name: (p.detach() != before[name]).any(-1) for name, p in tree.named_parameters() if name != "b"}
+    assert tree.b is not None
+    assert torch.equal(tree.b[:, :nodes], before["b"][:, :nodes])
+    assert not torch.equal(tree.b[:, nodes:], before["b"][:, nodes:])
+    assert not moved["w_in"][:, :nodes].any()
+    assert moved["w_in"][:, nodes:].all()
+    assert moved["w_out"].all()
 
 
 def test_new_settings_of_training_leave_published_hashes_alone() -> None:
