@@ -129,4 +129,6 @@ def test_the_table_of_rates_says_what_each_round_asked(tmp_path: Path) -> None:
     ]  # fmt: skip
     other = table.filter(pl.col("arm") == "reference")
     assert other["round"].to_list() == [None] * 3
-    assert not json.loads((tmp_path / "results/demo/plan.json").read_text())["tuned"], "the rounds are those given above"
+    assert not json.loads((tmp_path / "results/demo/plan.json").read_text())["tuned"], (
+        "the rounds are those given above"
+    )
