@@ -1,4 +1,4 @@
-"""Settings shared by all tests: no telemetry, no network, as many threads as there are cores."""
+"""Settings shared by all tests: no telemetry, no network, and the cores shared out among pytest's workers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ import pytest
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# OpenMP's threads spin while they wait for each other: workers with more of them than cores lose most of their time so.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
 
 
 @pytest.fixture(scope="session")

@@ -138,9 +138,14 @@ def test_rooms_do_not_load(rooms: tuple[str, ...], forbidden: tuple[str, ...]) -
     ("modules", "forbidden"),
     [
         ("ablate.cli, ablate.training.runs", ("torch", "mlflow", "scipy")),
+        ("ablate.tasks.registry, ablate.study.runner, ablate.tracking.tracker", ("torch", "lightning", "datasets")),
         ("ablate.evaluation.evaluate, ablate.balance.prune, ablate.training.checkpoint", ("lightning", "statsmodels")),
     ],
-    ids=["a-wrong-name-is-told-at-once", "a-trained-model-is-used-without-lightning"],
+    ids=[
+        "a-wrong-name-is-told-at-once",
+        "who-starts-the-workers-trains-nothing",
+        "a-trained-model-is-used-without-lightning",
+    ],
 )
 def test_slow_libraries_wait_until_they_are_needed(modules: str, forbidden: tuple[str, ...]) -> None:
     code = f"import sys, {modules}\nprint([m for m in {forbidden} if m in sys.modules])"

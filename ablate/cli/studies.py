@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 @example("study run studies/first.yaml --workers 2")
 def study_run(
     file: StudyFile,
-    workers: Annotated[int, typer.Option(min=1, help="Processes; threads are divided among them.")] = 2,
+    workers: Annotated[
+        int, typer.Option(min=1, envvar="ABLATE_WORKERS", help="Processes; threads are divided among them.")
+    ] = 2,
     engine: Annotated[str, typer.Option(help="Where workers run: local, or ray.")] = "local",
     address: Annotated[
         str | None, typer.Option(help="ray: a running cluster's address; one of its own if not given.")

@@ -67,6 +67,11 @@ class Prepared:
     tokenizer_hash: str
     card: dict[str, Any]
 
+    @property
+    def hashed_card(self) -> dict[str, Any]:
+        """The data card with the hashes of data and tokenizer."""
+        return {**self.card, "data_hash": self.data_hash, "tokenizer_hash": self.tokenizer_hash}
+
     @cached_property
     def codec(self) -> codecs.Codec:
         """The saved tokenizer."""

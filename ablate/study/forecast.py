@@ -202,11 +202,11 @@ class Cost:
 
 def measure(shapes: Mapping[str, Trial], *, root: Path, data_root: Path, workers: int) -> dict[str, Cost]:
     """Measure each shape in as many processes at once as there will be workers, with as many threads each."""
-    from ablate.tasks.registry import open_task
+    from ablate.tasks.registry import data_card
 
     if not shapes:
         return {}
-    open_task(next(iter(shapes.values())), data_root)
+    data_card(next(iter(shapes.values())), data_root)
     threads = max(1, available_cpus() // workers)
     scratch = root / "state" / "probes"
     scratch.mkdir(parents=True, exist_ok=True)

@@ -39,8 +39,14 @@ def compile_kernels(
         return
     say("looking at the CPU kernels")
     started = said = time.monotonic()
+    # By the path that this process imported it from: Numba keeps what it compiled under that path, and another way to
+    # the same files, by a link in the working directory, would be compiled for nobody.
+    here = [str(SOURCES.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     process = subprocess.Popen(
-        [sys.executable, "-m", "ablate.kernels.cpu.warm"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, "-P", "-m", "ablate.kernels.cpu.warm"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(here)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     try:
         while process.poll() is None and not stopped():

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.stats
 
 # Values of one candidate: seed to one number an objective, each turned so that lower is better.
 Scores = Mapping[int, Sequence[float]]
@@ -61,7 +60,9 @@ def beaten_by(
     common = sorted(candidate)
     mine = np.mean([candidate[seed] for seed in common], axis=0)
     error = np.array(noise.sd) * np.sqrt(2 / len(common))
-    bound = scipy.stats.t.isf(p / len(mine), noise.df) * error
+    from scipy import stats  # it takes a second to import, and most studies are no races
+
+    bound = stats.t.isf(p / len(mine), noise.df) * error
     gaps = {name: mine - np.mean([scores[seed] for seed in common], axis=0) for name, scores in complete.items()}
     better = [name for name, gap in gaps.items() if np.all(gap >= 0) and np.any(gap > bound)]
     if len(better) < places:

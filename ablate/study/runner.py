@@ -147,9 +147,9 @@ def _repair(layout: Layout, say: Callable[[str], None]) -> None:
 
 def _data_card(study: Study, data_root: Path) -> dict[str, Any]:
     """Prepare the task's data once, before any worker needs them; raises ConfigError for what cannot be used."""
-    from ablate.tasks.registry import open_task
+    from ablate.tasks.registry import data_card
 
-    return open_task(study.trial({}), data_root).card
+    return data_card(study.trial({}), data_root)
 
 
 def _set_aside(layout: Layout, card: dict[str, Any]) -> None:

@@ -45,8 +45,7 @@ class Language:
     @property
     def card(self) -> dict[str, Any]:
         """Return the corpus's data card with its hashes."""
-        own = self.prepared
-        return {**own.card, "data_hash": own.data_hash, "tokenizer_hash": own.tokenizer_hash}
+        return self.prepared.hashed_card
 
     def cost(self) -> Cost:
         """Return parameters, units and arithmetic, with the tokenizer's vocabulary."""

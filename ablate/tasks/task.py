@@ -24,7 +24,7 @@ Windows = Callable[[Tensor, Tensor], None]
 
 
 class TrialTask(Protocol):
-    """A trial's task with its data. To add one: a class like this, its entry in `registry.OPEN`, and what docs/tasks.md says."""
+    """A trial's task with its data. To add one: a class like this, its entry in `registry.tasks`, and what docs/tasks.md says."""
 
     @property
     def card(self) -> dict[str, Any]:

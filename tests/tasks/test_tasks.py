@@ -23,7 +23,7 @@ from ablate.model.size import size
 from ablate.study.designs import expand
 from ablate.tasks.digits import images, split
 from ablate.tasks.facts import FactsModel
-from ablate.tasks.registry import OPEN, open_task
+from ablate.tasks.registry import open_task, tasks
 from ablate.tasks.teacher import TeacherModel
 from ablate.training.checkpoint import load_model
 from ablate.training.result import Evaluation
@@ -51,8 +51,8 @@ def inputs_of(kind: str, config: Trial) -> list[Tensor]:
 
 
 def test_every_kind_of_task_has_a_definition_and_endpoints() -> None:
-    assert OPEN.keys() == TASK_ENDPOINTS.keys()
-    for kind in OPEN:
+    assert tasks().keys() == TASK_ENDPOINTS.keys()
+    for kind in tasks():
         assert measured_by(kind)[0] is TASK_ENDPOINTS[kind][0]
 
 
