@@ -25,6 +25,8 @@ from ablate.model.tree import TreeFeedForward
 TOLERANCE = 1e-4
 """Relative difference up to which a block's own output and the formula read out of it count as the same."""
 
+NOT_FINITE = "its weights are not finite"
+
 
 class TreeMlp(nn.Module):
     """Replace an MLP by dropout(tree(x) + bias) over x [..., d].
@@ -69,6 +71,11 @@ class DenseMlp:
         """Return all weights there are."""
         given = (self.w_in, self.b_in, self.w_out, self.b_out, self.up, self.b_up)
         return [t for t in given if t is not None]
+
+    @property
+    def finite(self) -> bool:
+        """Whether all weights are numbers."""
+        return all(bool(t.isfinite().all()) for t in self.tensors())
 
     def hidden(self, x: Tensor) -> Tensor:
         """H [N, F] of x [N, d]."""
@@ -236,9 +243,7 @@ def _by_pattern(model: nn.Module, patterns: list[str]) -> list[Found | Unread]:
 def _read(name: str, module: nn.Module) -> Found | Unread | str:
     """Return a module as an MLP, as one that cannot be replaced, or why it is none."""
     read = _as_mlp(name, module)
-    if isinstance(read, Found) and not all(bool(t.isfinite().all()) for t in read.mlp.tensors()):
-        return Unread(name, "its weights are not finite")
-    return read
+    return Unread(name, NOT_FINITE) if isinstance(read, Found) and not read.mlp.finite else read
 
 
 def _as_mlp(name: str, module: nn.Module) -> Found | Unread | str:
@@ -298,8 +303,8 @@ def _block(name: str, module: nn.Module) -> Found | Unread | str:
     # The closest of all candidates, so that the two forms of GELU, and a gate and its factor, are not mistaken.
     pairs = [(parts[0], ())] if len(parts) == 2 else [(parts[0], parts[1]), (parts[1], parts[0])]
     candidates = [DenseMlp(*first, w_out, b_out, f, *up) for f in ACTIVATIONS for first, up in pairs]
-    if not all(bool(t.isfinite().all()) for t in candidates[0].tensors()):
-        return Unread(name, "its weights are not finite")
+    if not candidates[0].finite:
+        return Unread(name, NOT_FINITE)
     difference = _differences(module, candidates)
     fits = [i for i, value in enumerate(difference) if value <= TOLERANCE]
     if not fits:

@@ -21,9 +21,9 @@ from ablate.config.endpoints import ACCURACY, NATS
 from ablate.config.task import DIGIT_PATCHES
 from ablate.evaluation.scores import Score
 from ablate.model.counts import Cost, cost_of, count_layer
-from ablate.model.network import Network, child, evaluating
+from ablate.model.network import Network, child
 from ablate.model.transformer import Block
-from ablate.tasks.task import Batch, DrawnData, Watch, Windows
+from ablate.tasks.task import Batch, DrawnData, Watch, Windows, classify
 
 SIDE, PATCH, CLASSES = 8, 2, 10
 PIXELS = PATCH * PATCH
@@ -113,14 +113,13 @@ class Digits:
 
     def data(self, start_step: int) -> LightningDataModule:
         """Return batches of images drawn with replacement, and those held out."""
-        train, (known, held_out) = self.trial.train, split()
-        size, parts = train.batch_size // train.accumulate, train.accumulate
+        known, held_out = split()
 
-        def draw(step: int) -> Tensor:
+        def draw(step: int, size: int) -> Tensor:
             rng = np.random.default_rng([self.trial.data_seed, BATCHES, step])
             return known[torch.from_numpy(rng.integers(0, len(known), size))]
 
-        return DrawnData(draw, range(start_step * parts, train.steps * parts), list(torch.split(held_out, EVALUATED)))
+        return DrawnData(self.trial, start_step, draw, held_out, EVALUATED)
 
     def loss(self, model: nn.Module, inputs: Tensor) -> Tensor:
         """Return the mean cross-entropy (nats) of the classes of images [B]."""
@@ -130,22 +129,11 @@ class Digits:
         """Return the class of each patch's image."""
         return images()[1][inputs.cpu()].repeat_interleave(DIGIT_PATCHES)
 
-    @torch.no_grad()
     def measure(
         self, model: nn.Module, batches: Iterable[Batch], watch: Watch, windows: Windows | None = None
     ) -> dict[str, float]:
         """Return the mean cross-entropy in nats and the share of images whose class is the likeliest."""
-        classes = _classes(model)
-        sums = torch.zeros(3, dtype=torch.float64, device=classes.device)
-        with evaluating(model):
-            for batch in batches:
-                ids = batch["inputs"].to(classes.device)
-                logits, wanted = model(ids).float(), classes[ids]
-                sums[0] += F.cross_entropy(logits, wanted, reduction="sum").double()
-                sums[1] += (logits.argmax(1) == wanted).sum()
-                sums[2] += len(ids)
-                watch(ids)
-        nats, known, count = sums.tolist()
+        nats, known, count = classify(model, _classes(model), batches, watch)
         return {NATS.name: nats / count, ACCURACY.name: known / count}
 
     def ask(self, model: nn.Module, folder: Path) -> list[Score]:

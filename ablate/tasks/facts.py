@@ -24,8 +24,8 @@ from ablate.config.endpoints import ACCURACY, KBIT_STORED
 from ablate.data.local_files import expanded
 from ablate.evaluation.scores import Score
 from ablate.model.counts import Cost, cost_of, count_layer
-from ablate.model.network import Network, evaluating, feedforward
-from ablate.tasks.task import Batch, DrawnData, Watch, Windows, normal
+from ablate.model.network import Network, feedforward
+from ablate.tasks.task import Batch, DrawnData, Watch, Windows, classify, normal
 
 READOUT = 4.0
 """Scale of the readout: its columns have this expected norm."""
@@ -91,15 +91,12 @@ class Facts:
 
     def data(self, start_step: int) -> LightningDataModule:
         """Return batches of keys drawn with replacement; every evaluation asks for all of them."""
-        train = self.trial.train
-        size, parts = train.batch_size // train.accumulate, train.accumulate
 
-        def draw(step: int) -> Tensor:
+        def draw(step: int, size: int) -> Tensor:
             rng = np.random.default_rng([self.trial.data_seed, BATCHES, step])
             return torch.from_numpy(rng.integers(0, self.task.facts, size))
 
-        every = torch.split(torch.arange(self.task.facts), EVALUATED)
-        return DrawnData(draw, range(start_step * parts, train.steps * parts), list(every))
+        return DrawnData(self.trial, start_step, draw, torch.arange(self.task.facts), EVALUATED)
 
     def loss(self, model: nn.Module, inputs: Tensor) -> Tensor:
         """Return the mean cross-entropy (nats) of the classes of keys [B]."""
@@ -109,21 +106,11 @@ class Facts:
         """Return nothing: a key's number is its own and no other's."""
         return
 
-    @torch.no_grad()
     def measure(
         self, model: nn.Module, batches: Iterable[Batch], watch: Watch, windows: Windows | None = None
     ) -> dict[str, float]:
         """Return bits stored, in all and for each parameter of the layer, and the share of classes that are known."""
-        classes = _classes(model)
-        sums = torch.zeros(2, dtype=torch.float64, device=classes.device)
-        with evaluating(model):
-            for batch in batches:
-                ids = batch["inputs"].to(classes.device)
-                logits, wanted = model(ids).float(), classes[ids]
-                sums[0] += F.cross_entropy(logits, wanted, reduction="sum").double()
-                sums[1] += (logits.argmax(1) == wanted).sum()
-                watch(ids)
-        nats, known = sums.tolist()
+        nats, known, _ = classify(model, _classes(model), batches, watch)
         # Below 0 guessing would do better, so nothing is stored; a loss that is not finite stays visible.
         bits = self.task.facts * math.log2(self.task.classes) - nats / math.log(2)
         bits = max(0.0, bits) if math.isfinite(bits) else bits

@@ -8,14 +8,16 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from lightning import LightningDataModule
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from ablate.config import Trial
 from ablate.evaluation.scores import Score
 from ablate.model.counts import Cost
-from ablate.model.network import Network
+from ablate.model.network import Network, evaluating
 
 Batch = dict[str, Tensor]
 """One entry: the inputs."""
@@ -70,15 +72,26 @@ class TrialTask(Protocol):
 
 
 class DrawnData(LightningDataModule):
-    """Batches that are drawn when they are needed, each a function of its micro-step."""
+    """Batches that are drawn when they are needed, each a function of its micro-step, and the fixed held-out inputs.
 
-    def __init__(self, draw: Callable[[int], Tensor], steps: range, evaluation: list[Tensor]) -> None:
+    Args:
+        trial: says how long and in what parts it trains.
+        start_step: optimizer steps that have been taken.
+        draw: returns the inputs of a micro-step, as many as asked for.
+        held_out: what every evaluation looks at, `at_a_time` of it in a batch.
+    """
+
+    def __init__(
+        self, trial: Trial, start_step: int, draw: Callable[[int, int], Tensor], held_out: Tensor, at_a_time: int
+    ) -> None:
         super().__init__()
-        self._draw, self._steps, self._evaluation = draw, steps, evaluation
+        parts = trial.train.accumulate
+        self._size, self._steps = trial.train.batch_size // parts, range(start_step * parts, trial.train.steps * parts)
+        self._draw, self._evaluation = draw, torch.split(held_out, at_a_time)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return the batches of the micro-steps."""
-        return _loader({"inputs": self._draw(step)} for step in self._steps)
+        return _loader({"inputs": self._draw(step, self._size)} for step in self._steps)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Return the batches of an evaluation."""
@@ -96,6 +109,22 @@ class _Batches(IterableDataset[Batch]):
 def _loader(batches: Iterable[Batch]) -> DataLoader[Batch]:
     # A generator of its own: a loader draws a seed when iterated, and must not advance the run's random state.
     return DataLoader(_Batches(batches), batch_size=None, generator=torch.Generator())
+
+
+@torch.no_grad()
+def classify(model: nn.Module, classes: Tensor, batches: Iterable[Batch], watch: Watch) -> tuple[float, float, float]:
+    """Return summed cross-entropy in nats, how many classes [inputs] were the likeliest, and how many were asked for."""
+    sums = torch.zeros(3, dtype=torch.float64, device=classes.device)
+    with evaluating(model):
+        for batch in batches:
+            ids = batch["inputs"].to(classes.device)
+            logits, wanted = model(ids).float(), classes[ids]
+            sums[0] += F.cross_entropy(logits, wanted, reduction="sum").double()
+            sums[1] += (logits.argmax(1) == wanted).sum()
+            sums[2] += len(ids)
+            watch(ids)
+    nats, known, count = sums.tolist()
+    return nats, known, count
 
 
 def normal(rng: np.random.Generator, *shape: int) -> NDArray[np.float32]:

@@ -89,14 +89,13 @@ class Teacher:
 
     def data(self, start_step: int) -> LightningDataModule:
         """Return inputs that are seen once, and the fixed ones of every evaluation."""
-        train = self.trial.train
-        size, parts = train.batch_size // train.accumulate, train.accumulate
-        held_out = self._inputs(train.eval_tokens, self.trial.data_seed, HELD_OUT)
-        return DrawnData(
-            lambda step: self._inputs(size, self.trial.data_seed, BATCHES, step),
-            range(start_step * parts, train.steps * parts),
-            list(torch.split(held_out, EVALUATED)),
-        )
+        seed = self.trial.data_seed
+        held_out = self._inputs(self.trial.train.eval_tokens, seed, HELD_OUT)
+
+        def draw(step: int, size: int) -> Tensor:
+            return self._inputs(size, seed, BATCHES, step)
+
+        return DrawnData(self.trial, start_step, draw, held_out, EVALUATED)
 
     def loss(self, model: nn.Module, inputs: Tensor) -> Tensor:
         """Return the mean squared error on inputs [B, d]."""
