@@ -148,6 +148,7 @@ def figures(
 ) -> None:
     """Draw the reports of published studies from their kept tables; exit code 1 where any of their data differ."""
     from ablate.report import published
+    from ablate.study.engines import THREAD_VARIABLES, environment
 
     known = published.published(ROOT)
     chosen = list(dict.fromkeys(among(names, known, "published study"))) if names else known
@@ -156,7 +157,8 @@ def figures(
     slowest_first = sorted(chosen, key=lambda name: -published.size(name, ROOT))
     workers = min(len(chosen), os.cpu_count() or 1)
     drawing = busy(f"drawing {len(chosen)} reports", quiet=as_json)
-    with drawing, multiprocessing.get_context("spawn").Pool(workers, _drawing, (os.getpid(),)) as pool:
+    one_each = environment(dict.fromkeys(THREAD_VARIABLES, "1"))
+    with drawing, one_each, multiprocessing.get_context("spawn").Pool(workers, _drawing, (os.getpid(),)) as pool:
         redrawn = pool.starmap(published.redraw, [(name, ROOT) for name in slowest_first], chunksize=1)
     found = dict(sorted(zip(slowest_first, redrawn, strict=True)))
     if as_json:

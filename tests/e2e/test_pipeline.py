@@ -67,8 +67,9 @@ def make_project(folder: Path, studies: dict[str, str], *, git: bool) -> Path:
     return folder
 
 
-def dvc(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(["dvc", *arguments], cwd=folder, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+def dvc(folder: Path, *arguments: str, **settings: str) -> str:
+    environment = {**ENVIRONMENT, **settings}
+    done = subprocess.run(["dvc", *arguments], cwd=folder, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -81,7 +82,7 @@ def trials(folder: Path, name: str = "tiny") -> pl.DataFrame:
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_project(tmp_path_factory.mktemp("whole") / "project", {"tiny": TINY}, git=True)
-    dvc(folder, "repro")
+    dvc(folder, "repro", ABLATE_WORKERS="1")  # two trials of a second each: a second worker takes ten to start
     return folder
 
 

@@ -18,7 +18,10 @@ ROOT = Path(__file__).parents[2]
 
 
 def interpreter_lane(*options: str, seconds: int) -> None:
-    """Run tests/triton_interpreter where triton is imported as its interpreter; fail with what it printed."""
+    """Run tests/triton_interpreter where triton is imported as its interpreter; fail with what it printed.
+
+    In one process: the tests beside it use the other cores, and each further process collects and imports all again.
+    """
     command = [
         sys.executable,
         "-m",
@@ -26,8 +29,6 @@ def interpreter_lane(*options: str, seconds: int) -> None:
         "tests/triton_interpreter",
         "-p",
         "no:cacheprovider",
-        "-n",
-        "2",
         *options,
     ]
     settings = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
