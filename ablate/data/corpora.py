@@ -61,16 +61,17 @@ HUB_PRESETS = {
 def documents(corpus: Corpus, cache: Path) -> Iterator[Document]:
     """All documents of a source in a fixed order, duplicates and empty ones included, read as a stream.
 
-    `cache` is the folder for what `datasets` keeps (files of the Hub; locks). Raises ConfigError for what is missing,
+    `cache` is the folder for what `datasets` keeps (files of the Hub). Raises ConfigError for what is missing,
     binary, not decodable, without the text field, or unreachable.
     """
-    with private_datasets(cache):
-        if corpus.source == "hub":
+    if corpus.source == "hub":
+        with private_datasets(cache):
             yield from _hub_documents(corpus, cache)
-        else:
-            files = stdlib_files() if corpus.source == "stdlib" else find_files(corpus)
-            for row in local_rows(files, corpus.text_field):
-                yield Document(row["name"], row["text"])
+        return
+    # Read without `datasets`, which imports torch and takes seconds to start.
+    files = stdlib_files() if corpus.source == "stdlib" else find_files(corpus)
+    for row in read_rows([(name, str(path)) for name, path in files], corpus.text_field):
+        yield Document(row["name"], row["text"])
 
 
 def local_rows(files: list[tuple[str, Path]], field: str) -> Any:
