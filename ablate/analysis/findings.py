@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ablate.analysis import arms, controls, rates, sections, tails
+from ablate.analysis.capacity import capacity
 from ablate.analysis.contrasts import ALPHA
 from ablate.analysis.factors import analyse_factors
 from ablate.analysis.families import drawn_balance, judge_all, judged
@@ -86,6 +87,7 @@ def compute(tables: Tables) -> dict[str, Any]:
     rates.withhold_restored(balanced, reference, tuned)
     searched = tables.study.design == "search"
     whole, importance = story(tables, generator(f"{tables.name}/search")) if searched else ({}, [])
+    curves = capacity(tables, frame, names)
     return {
         "schema": SCHEMA,
         "study": tables.name,
@@ -119,6 +121,7 @@ def compute(tables: Tables) -> dict[str, Any]:
         "exclusions": arms.exclusions(tables),
         "summary": summary(tables, found, [] if searched else summaries) | best_candidates(whole),
         **({"search": whole} if searched else {}),
+        **({"capacity": curves} if curves else {}),
     }
 
 

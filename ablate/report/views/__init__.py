@@ -7,6 +7,7 @@ from collections.abc import Callable
 from ablate.report.context import Context
 from ablate.report.parts import View
 from ablate.report.views.balance_story import balance_story
+from ablate.report.views.capacity import capacity
 from ablate.report.views.controls import controls
 from ablate.report.views.cost import cost
 from ablate.report.views.flips import flips
@@ -34,6 +35,7 @@ from ablate.report.views.verdicts import verdicts
 VIEWS: list[Callable[[Context], View]] = [
     verdicts,
     pareto,
+    capacity,
     balance_story,
     controls,
     main_effects,
@@ -75,5 +77,6 @@ SEARCH_VIEWS: list[Callable[[Context], View]] = [
 
 
 def sections(c: Context) -> list[View]:
-    """Return the sections of a study's report; a search has sections of its own."""
-    return [view(c) for view in (SEARCH_VIEWS if c.findings["design"] == "search" else VIEWS)]
+    """Return the sections of a study's report; a search has sections of its own, and only facts have a capacity."""
+    views = SEARCH_VIEWS if c.findings["design"] == "search" else VIEWS
+    return [view(c) for view in views if view is not capacity or "capacity" in c.findings]
