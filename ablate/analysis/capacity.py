@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Collection
 from itertools import pairwise
@@ -82,6 +81,6 @@ def _half(points: list[tuple[int, float]]) -> float | None:
 
 def _shared(labels: list[str]) -> str:
     """What the names of a curve's arms begin with, without a number of facts that they share the first digits of."""
-    shared = os.path.commonprefix(labels)
-    shared = re.sub(r"[\s,;:·(=]*(N|facts)?[\s=]*\d*$", "", shared).strip()
-    return shared or labels[0]
+    alike = [len(set(letters)) == 1 for letters in zip(*labels, strict=False)]
+    shared = labels[0][: alike.index(False) if False in alike else len(alike)]
+    return re.sub(r"[\s,;:·(=]*(N|facts)?[\s=]*\d*$", "", shared).strip() or labels[0]
