@@ -52,7 +52,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for row in rows:
         config = json.loads(row["config"])
         settings = arms.get(row["arm"], {})
-        count = settings.get("task.facts", 8192)
+        count = int(settings.get("task.facts", 8192))
         config["task"] = {"kind": "facts", "facts": count}
         config["tree"] = {"router": settings.get("tree.router", "tied")}
         config["init_seed"] = config["data_seed"] = row["seed"]
