@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sqlite3
 from pathlib import Path
 
 import pytest
 
+from ablate.training.lifeline import COLLECT_AFTER
+
+gc.set_threshold(COLLECT_AFTER)
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # OpenMP's threads spin while they wait for each other: workers with more of them than cores lose most of their time so.
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
+
+
+def pytest_collection_finish() -> None:
+    """Leave what the imports made, a million objects, out of every later search for dead ones."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import ablate
 from ablate.config import NAME, ConfigError, echo, load_study, mask_output, masked, one_line
 from ablate.files import described, machine_fault
 from ablate.study.stopping import Stopped, stopping
+from ablate.training.lifeline import COLLECT_AFTER
 
 app = typer.Typer(
     name="ablate",
@@ -73,6 +75,7 @@ def main() -> NoReturn:
     if sys.platform == "win32":
         print("ablate: Windows is not supported: use WSL 2, which is Linux", file=sys.stderr)
         sys.exit(2)
+    gc.set_threshold(COLLECT_AFTER)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "true")
     mask_output()

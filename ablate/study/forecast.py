@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import shutil
@@ -23,6 +24,7 @@ from ablate.study.engines import THREAD_VARIABLES, available_cpus, environment
 from ablate.study.kernels import compile_kernels
 from ablate.study.rates import traces
 from ablate.study.space import Space
+from ablate.training.lifeline import COLLECT_AFTER
 from ablate.training.result import Evaluation
 
 PROBE_STEPS = 20
@@ -220,7 +222,9 @@ def measure(shapes: Mapping[str, Trial], *, root: Path, data_root: Path, workers
         # Not a multiprocessing.Pool: its processes may not have children, which a trial on several devices needs.
         with (
             environment(dict.fromkeys(THREAD_VARIABLES, str(threads))),
-            ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool,
+            ProcessPoolExecutor(
+                workers, multiprocessing.get_context("spawn"), gc.set_threshold, (COLLECT_AFTER,)
+            ) as pool,
         ):
             costs = list(pool.map(_probe, *zip(*padded, strict=True)))
     finally:

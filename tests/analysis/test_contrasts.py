@@ -109,8 +109,7 @@ def test_sampled_sign_flip_agrees_with_scipys_permutation_test() -> None:
     )
 
 
-# multipletests collects garbage at every call, which takes long in a process that has torch.
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
 def test_holm_matches_statsmodels(p: list[float]) -> None:
     assert contrasts.holm(p) == pytest.approx(multipletests(p, method="holm")[1], abs=1e-12)
