@@ -190,6 +190,8 @@ def study_status(name: Name, as_json: Json = False) -> None:
         rows.append(["time left", f"about {now.seconds_left / 60:.1f} minutes"])
     if now.candidates is not None:
         rows.append(["candidates", str(now.candidates)])
+    if now.waiting:
+        rows.append(["wait for a larger budget", ", ".join(now.waiting)])
     rows += [["best", str(leader)] for leader in now.best]
     rows.append(["Optuna", now.storage])
     table_of(f"Study {now.study} ({now.design})", ["", ""], rows + [["failed", failure] for failure in now.failures])

@@ -175,7 +175,9 @@ class Candidates(Queue):
             if frozen.user_attrs.get(ORIGIN) != WARM and ARM in frozen.user_attrs:
                 attributes = frozen.user_attrs
                 arm = str(attributes[ARM])
-                rows[arm] = {"arm": arm, "origin": attributes.get(ORIGIN), "out": attributes.get(OUT)}
+                out = attributes.get(OUT)
+                waits = frozen.state == TrialState.WAITING and out is not None
+                rows[arm] = {"arm": arm, "origin": attributes.get(ORIGIN), "out": out, "waits": waits}
         return {
             "sampler": study.sampler.name,
             "race_seeds": study.seeds,

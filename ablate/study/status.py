@@ -60,6 +60,8 @@ class StudyStatus:
     """Its learning rates; None where they are not tuned."""
     candidates: int | None
     """Candidates of a search so far; None for other designs."""
+    waiting: list[str]
+    """Candidates that the budget cut off before they had all seeds: a larger budget goes on with them first."""
     storage: str
     """Optuna's database and the study's name in it, without a password."""
     failures: list[str]
@@ -95,6 +97,7 @@ def status(name: str, root: Path, storage: str | None = None) -> StudyStatus:
         best=_best(plan["objectives"], finished),
         tuning=tuning,
         candidates=len({f.arm for f in finished if f.kind == "search"}) if search else None,
+        waiting=_waiting(plan["search"], finished) if search else [],
         storage=f"{masked(storage)}, study {study}",
         # Where every planned trial has its result there is nothing to ask the database for.
         failures=_failures(study, storage, {f.trial for f in finished}) if search or len(finished) < total else [],
@@ -119,6 +122,16 @@ def _tuning(plan: dict[str, Any], finished: list[Finished]) -> Tuning | None:
 def _total(plan: dict[str, Any], tuning: Tuning | None) -> int:
     others: int = plan["waiting_for_tune"] + sum(t["kind"] != "tune" for t in plan["trials"])
     return others + (tuning.least if tuning else 0)
+
+
+def _waiting(search: dict[str, Any], finished: list[Finished]) -> list[str]:
+    """Return the candidates that waited when the race was last over and have not had all seeds since."""
+    seeds: dict[str, set[int]] = {}
+    for one in finished:
+        if one.kind == "search":
+            seeds.setdefault(one.arm, set()).add(one.seed)
+    noted = [row["arm"] for row in search.get("candidates", []) if row.get("waits")]
+    return [arm for arm in noted if not set(search["race_seeds"]) <= seeds.get(arm, set())]
 
 
 def _best(objectives: list[str], finished: list[Finished]) -> list[Leader]:

@@ -54,7 +54,9 @@ DESIGNS: dict[str, Settings] = {
             "tree.mirror": {"range": {"low": -1, "high": 1}},
             "train.lr": {"range": {"low": 0.001, "high": 1, "log": True}},
         },
-        "budget": {"trials": 12},
+        "budget": {
+            "trials": 13
+        },  # nine of them race: an odd number, so that the budget cuts a candidate of two seeds off
         "finalists": {"count": 2, "seeds": [7, 8]},
     },
 }
@@ -163,6 +165,8 @@ def test_a_study_goes_from_plan_to_report(settings: Settings, tmp_path: Path, co
     assert "Data and pipelines are up to date." in dvc(root, "repro")
     assert records(root) == after, "nothing ran again"
     check_report(root, study, after)
+    if study.design == "search" and settings["objectives"] == OBJECTIVES[0]:
+        check_larger_budget(root, settings, after)
 
 
 def start(root: Path, settings: Settings) -> subprocess.Popen[str]:
@@ -208,28 +212,55 @@ def check_trials(root: Path, study: Study, found: dict[str, Record]) -> None:
     plan = json.loads((root / "results/mine/plan.json").read_text())
     url = default_storage(root)
     stored = {name: optuna.load_study(study_name=name, storage=url) for name in optuna.get_all_study_names(url)}
-    done = [
-        trial.user_attrs
-        for one in stored.values()
-        for trial in one.trials
-        if trial.state.name in {"COMPLETE", "PRUNED"} | ({"WAITING"} if study.design == "search" else set())
-    ]
+    kept = [trial for one in stored.values() for trial in one.trials if trial.state.name != "FAIL"]
     for one in stored.values():
         assert one.metric_names == study.objectives
-        # A candidate of a search that the budget cut off waits for a larger one.
-        left = {"RUNNING"} if study.design == "search" else {"RUNNING", "WAITING"}
-        assert not any(trial.state.name in left for trial in one.trials)
+    assert not any(trial.state.name == "RUNNING" for trial in kept)
     places = [(r.arm, r.seed, r.kind, r.config.train.lr) for r in found.values()]
     assert len(set(places)) == len(places) == (study.budget.trials or len(plan["trials"]))
+    waiting = [trial for trial in kept if trial.state.name == "WAITING"]
     if study.design != "search":
-        assert sorted(found) == sorted(t["trial"] for t in plan["trials"]) == sorted(d["trial"] for d in done)
+        assert not waiting
+        assert (
+            sorted(found) == sorted(t["trial"] for t in plan["trials"]) == sorted(t.user_attrs["trial"] for t in kept)
+        )
         return
     finals = [name for name, record in found.items() if record.kind == "finalist"]
     assert sorted(finals) == sorted(t["trial"] for t in plan["trials"])
     assert len(finals) == study.finalists.count * len(study.finalist_seeds)
-    assert sorted(
-        name for d in done for name in ([d["trial"]] if "trial" in d else d.get("runs", {}).values())
-    ) == sorted(found)
+    runs = [[t.user_attrs["trial"]] if "trial" in t.user_attrs else t.user_attrs["runs"].values() for t in kept]
+    assert sorted(itertools.chain(*runs)) == sorted(found)
+    check_waiting(root, study, found, [trial.user_attrs["arm"] for trial in waiting])
+
+
+def raced(found: dict[str, Record]) -> dict[str, set[int]]:
+    """Seeds that each candidate of a search has raced on."""
+    seeds: dict[str, set[int]] = {}
+    for record in found.values():
+        if record.kind == "search":
+            seeds.setdefault(record.arm, set()).add(record.seed)
+    return seeds
+
+
+def check_waiting(root: Path, study: Study, found: dict[str, Record], waiting: list[str]) -> None:
+    """Exactly those candidates wait that the budget cut off: fewer than all seeds, and none of their runs went wrong."""
+    wrong = {r.arm for r in found.values() if r.status != "finished"}
+    cut = [arm for arm, seeds in raced(found).items() if seeds != set(study.seeds) and arm not in wrong]
+    assert sorted(waiting) == sorted(status("mine", root).waiting) == sorted(cut)
+    assert len(cut) <= 2, "one a worker at most"
+    assert cut or wrong, "an odd number of runs leaves one candidate with one seed"
+
+
+def check_larger_budget(root: Path, settings: Settings, before: dict[str, Record]) -> None:
+    """A larger budget goes on with the candidates that wait, before any new one, and keeps all that was done."""
+    waiting = status("mine", root).waiting
+    budget = {"trials": settings["budget"]["trials"] + len(waiting)}
+    after = run(root, {**settings, "budget": budget})
+    assert {name: after[name] for name in before} == before
+    seeds = raced(after)
+    assert {arm: seeds[arm] for arm in waiting} == {arm: set(settings["seeds"]) for arm in waiting}
+    assert set(seeds) == set(raced(before)), "no new candidate before those that wait"
+    assert status("mine", root).waiting == []
 
 
 def check_report(root: Path, study: Study, found: dict[str, Record]) -> None:
