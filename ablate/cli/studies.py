@@ -122,9 +122,12 @@ def study_plan(
     """Show arms or a search's space, trials and the predicted wall time (from short probes), and run nothing."""
     from ablate.study.forecast import forecast
     from ablate.tasks.registry import planned_cost
+    from ablate.tracking.store import default_uri
+    from ablate.tracking.tracker import MlflowTracker
 
     study = parse(Study, changed(file, settings)) if settings else load_study(file)
-    found = forecast(study, ROOT, workers=workers, say=(lambda text: None) if as_json else say)
+    tracker = MlflowTracker(default_uri(ROOT.resolve()))  # as a run has one; nothing is written to it
+    found = forecast(study, ROOT, workers=workers, tracker=tracker, say=(lambda text: None) if as_json else say)
     rows = []
     for arm in found.plan.arms:
         of_arm = [t for t in found.plan.trials if t.arm == arm.label]

@@ -2,38 +2,37 @@
 
 from __future__ import annotations
 
-import gc
+import heapq
 import json
-import multiprocessing
-import shutil
-import tempfile
-import time
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, fields
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 
 import numpy as np
 
-from ablate.config import Questions, Study, Trial
+from ablate.config import Study, Trial
 from ablate.config.tune import Trace
+from ablate.results.index import index
 from ablate.results.layout import Layout
+from ablate.study.address import default_storage, sqlite_path
 from ablate.study.designs import Plan, expand
-from ablate.study.engines import THREAD_VARIABLES, available_cpus, environment
 from ablate.study.kernels import compile_kernels
+from ablate.study.probes import PROBE_STEPS, Cost, Start, measure
 from ablate.study.rates import traces
 from ablate.study.space import Space
-from ablate.training.lifeline import COLLECT_AFTER
-from ablate.training.result import Evaluation
+from ablate.study.tracker import Tracker
 
-PROBE_STEPS = 20
-# Held-out tokens of a probe's evaluations, where a trial has more.
-PROBE_TOKENS = 16384
-# Of a worker process until its first trial trains: imports of torch, Lightning, Optuna and MLflow.
-START_SECONDS = 8.0
-# Random candidates of a search whose mean cost is taken for all.
-CANDIDATES = 4
+# Random candidates of a search; each of its runs is taken to cost their mean.
+CANDIDATES = 40
+# Parts of a run outside its trials, in starts of a worker's process; imports are most of each (tests/study/timings.json).
+COMMAND = 1.4
+"""The command itself: its start, and its end once the last worker is gone."""
+WORKERS_END = 0.4
+"""From the last trial of a phase until its workers are gone."""
+NEW_STORES = 0.4
+"""Making databases where there are none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,44 +60,102 @@ def forecast(
     *,
     workers: int = 1,
     data_root: Path | None = None,
+    tracker: Tracker | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Forecast:
     """Predict the wall time from 20-step probes of the cheapest and the dearest shape, run as the workers would run them.
 
     Of each kind of layer (trees, dense, mixture, none) two shapes are measured; those between follow from their FLOPs.
-    Nothing that it trains is kept. `say` prints a line of progress. Raises ConfigError like `run_study`.
+    Nothing that it trains is kept. `tracker` is the study's, which workers have to load. `say` prints a line of progress.
+    Raises ConfigError like `run_study`.
     """
     layout = Layout(root, study.name)
-    done = layout.done()
     known, _ = traces(study, layout)
     plan = expand(study, known)
-    if study.design == "search":
-        trials, arms = _candidates(study, max(0, (study.budget.trials or 0) - len(done)))
-        perhaps: list[Trial] = []
-    else:
-        open_trials = [t for t in plan.trials if t.hash not in done]
-        trials, arms = [t.trial for t in open_trials], [t.arm for t in open_trials]
-        coming, perhaps = to_come(plan, known)
-        trials += [trial for trial, _ in coming]
-        arms += [arm for _, arm in coming]
-    shapes = _shapes(trials)
-    ends = _ends(shapes)
-    if ends:
-        compile_kernels(ends.values(), root, say)
-        say(f"measuring {PROBE_STEPS} steps of {len(ends)} of {len(shapes)} shapes")
-    costs = _between(shapes, measure(ends, root=root, data_root=data_root or root / "data", workers=workers))
-    each = [costs[_shape(trial)] for trial in trials]
-    seconds = sum(c.seconds(t) for c, t in zip(each, trials, strict=True)) / workers
-    by_arm = {arm: c.seconds(t) for arm, c, t in zip(arms, each, trials, strict=True)}
+    phases, perhaps = to_do(plan, known, layout)
+    costs, start = dict[str, Cost](), Start(0.0, 0.0)
+    if shapes := shapes_of(phases):
+        chosen = ends(shapes)
+        compile_kernels(chosen.values(), root, say)
+        say(f"measuring {PROBE_STEPS} steps of {len(chosen)} of {len(shapes)} shapes")
+        data_root = data_root or root / "data"
+        measured, start = measure(chosen, root=root, data_root=data_root, workers=workers, tracker=tracker)
+        costs = between(shapes, measured)
+    seconds = priced(phases, costs)
     return Forecast(
         plan=plan,
-        seconds=seconds + (START_SECONDS if trials else 0.0),
+        seconds=wall(seconds, workers, start, new_stores=not has_stores(root)),
         seconds_more=sum(costs[_shape(trial)].seconds(trial) for trial in perhaps) / workers,
-        trials=len(trials),
-        tokens=sum(t.tokens for t in trials),
-        seconds_by_arm=by_arm,
+        trials=sum(map(len, phases)),
+        tokens=round(sum(mean(t.tokens for t in one.trials) for phase in phases for one in phase)),
+        seconds_by_arm={
+            one.arm: each
+            for phase, of in zip(phases, seconds, strict=True)
+            for one, each in zip(phase, of, strict=True)
+        },
         space=Space(study).table() if study.design == "search" else [],
     )
+
+
+@dataclass(frozen=True, slots=True)
+class ToDo:
+    """A trial that will run."""
+
+    arm: str
+    trials: Sequence[Trial]
+    """What it may be, each as likely; of a planned trial there is one."""
+
+
+def priced(phases: Sequence[Sequence[ToDo]], costs: Mapping[str, Cost]) -> list[list[float]]:
+    """Return the seconds of each trial to do, from the cost of each shape."""
+    return [[mean(costs[_shape(t)].seconds(t) for t in one.trials) for one in phase] for phase in phases]
+
+
+def wall(phases: Iterable[Sequence[float]], workers: int, start: Start, *, new_stores: bool = False) -> float:
+    """Return the seconds from the call of `ablate study run` to its end; 0 where nothing is to do.
+
+    Args:
+        phases: seconds of each trial, in the order in which workers take them; every phase has new workers.
+        workers: processes at once.
+        start: what each of them spends before its trials.
+        new_stores: whether the databases have to be made.
+    """
+    whole = 0.0
+    for trials in phases:
+        free = [start.process + start.first] * min(workers, len(trials))
+        for seconds in trials:
+            heapq.heapreplace(free, free[0] + seconds)
+        whole += max(free) + WORKERS_END * start.process if free else 0.0
+    return whole + (COMMAND + NEW_STORES * new_stores) * start.process if whole else 0.0
+
+
+def has_stores(root: Path) -> bool:
+    """Whether the project has databases already."""
+    file = sqlite_path(default_storage(root))
+    return file is not None and file.exists()
+
+
+def to_do(plan: Plan, known: Mapping[str, Trace], layout: Layout) -> tuple[list[list[ToDo]], list[Trial]]:
+    """Return the trials to do, phase by phase, and those that a bracket may add."""
+    if plan.study.design == "search":
+        return _search_to_do(plan, layout), []
+    done = layout.done()
+    coming, perhaps = to_come(plan, known)
+    left = [(t.trial, t.arm) for t in plan.trials if t.hash not in done] + coming
+    return [[ToDo(arm, [trial]) for trial, arm in left]], perhaps
+
+
+def _search_to_do(plan: Plan, layout: Layout) -> list[list[ToDo]]:
+    """Return the runs of a search to do: those of its race, and those of its finalists, which have workers of their own."""
+    study, space = plan.study, Space(plan.study)
+    kinds = Counter(run.kind for run in index(layout) if run.space == plan.space)
+    finals = study.finalists.count * len(study.finalist_seeds) if study.budget.trials else 0
+    left = (study.racing_trials - kinds["search"], finals - kinds["finalist"])
+    some: list[Trial] = []
+    if any(count > 0 for count in left):
+        drawn = space.possible(np.random.default_rng(0), CANDIDATES, 1000)
+        some = [space.trial(space.candidate(chosen), study.seeds[0]) for chosen in drawn]
+    return [[ToDo("candidate", some)] * max(0, count) for count in left]
 
 
 def to_come(plan: Plan, known: Mapping[str, Trace]) -> tuple[list[tuple[Trial, str]], list[Trial]]:
@@ -117,14 +174,6 @@ def to_come(plan: Plan, known: Mapping[str, Trace]) -> tuple[list[tuple[Trial, s
     return certain, perhaps
 
 
-def _candidates(study: Study, count: int) -> tuple[list[Trial], list[str]]:
-    """Return trials like those of a search: a few random candidates in turn."""
-    space = Space(study)
-    drawn = space.possible(np.random.default_rng(0), CANDIDATES, 1000)
-    some = [space.trial(space.candidate(chosen), study.seeds[0]) for chosen in drawn]
-    return [some[i % len(some)] for i in range(count)], ["candidate"] * count
-
-
 def _shape(trial: Trial) -> str:
     """What decides a step's time; seeds, learning rates and lengths do not."""
     train = trial.train.model_dump(
@@ -135,9 +184,10 @@ def _shape(trial: Trial) -> str:
     return json.dumps([train, rest], sort_keys=True)
 
 
-def _shapes(trials: Iterable[Trial]) -> dict[str, Trial]:
+def shapes_of(phases: Iterable[Iterable[ToDo]]) -> dict[str, Trial]:
+    """Return every shape that trials to do have, with one of its trials."""
     shapes: dict[str, Trial] = {}
-    for trial in trials:
+    for trial in (trial for phase in phases for one in phase for trial in one.trials):
         shapes.setdefault(_shape(trial), trial)
     return shapes
 
@@ -148,7 +198,7 @@ def _flops(trial: Trial) -> float:
     return planned_cost(trial).flops_per_token
 
 
-def _ends(shapes: Mapping[str, Trial]) -> dict[str, Trial]:
+def ends(shapes: Mapping[str, Trial]) -> dict[str, Trial]:
     """Return the cheapest and the dearest shape of each kind of layer."""
     kinds: dict[str, list[str]] = {}
     for shape, trial in sorted(shapes.items(), key=lambda item: _flops(item[1])):
@@ -156,7 +206,7 @@ def _ends(shapes: Mapping[str, Trial]) -> dict[str, Trial]:
     return {shape: shapes[shape] for ordered in kinds.values() for shape in dict.fromkeys((ordered[0], ordered[-1]))}
 
 
-def _between(shapes: Mapping[str, Trial], measured: Mapping[str, Cost]) -> dict[str, Cost]:
+def between(shapes: Mapping[str, Trial], measured: Mapping[str, Cost]) -> dict[str, Cost]:
     """Return the cost of every shape: as measured, or between the two of its kind in proportion to FLOPs."""
     found = dict(measured)
     for shape, trial in shapes.items():
@@ -169,118 +219,3 @@ def _between(shapes: Mapping[str, Trial], measured: Mapping[str, Cost]) -> dict[
             part = (_flops(trial) - _flops(shapes[low])) / span if span else 0.5
             found[shape] = measured[low].towards(measured[high], part)
     return found
-
-
-def evaluations(trial: Trial) -> int:
-    """Evaluations of a whole trial: step 0, every `eval_every` steps, the last step."""
-    train = trial.train
-    return 1 + -(-train.steps // train.eval_every)
-
-
-def step_seconds(history: list[Evaluation], skip: int) -> float:
-    """Median seconds a step between evaluations after the first `skip`, which warm caches up."""
-    pairs = zip(history[skip:], history[skip + 1 :], strict=False)
-    return median((b.seconds - a.seconds) / (b.step - a.step) for a, b in pairs)
-
-
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """Measured seconds of one shape's parts."""
-
-    setup: float
-    """Before the first step: data, model, calibration."""
-    step: float
-    evaluation: float
-
-    def towards(self, other: Cost, part: float) -> Cost:
-        """Return the cost at a part (0 to 1) of the way to another."""
-        mixed = ((1 - part) * getattr(self, f.name) + part * getattr(other, f.name) for f in fields(self))
-        return Cost(*mixed)
-
-    def seconds(self, trial: Trial) -> float:
-        """A whole trial of this shape."""
-        return self.setup + trial.train.steps * self.step + evaluations(trial) * self.evaluation
-
-
-def measure(shapes: Mapping[str, Trial], *, root: Path, data_root: Path, workers: int) -> dict[str, Cost]:
-    """Measure each shape in as many processes at once as there will be workers, with as many threads each."""
-    from ablate.tasks.registry import data_card
-
-    if not shapes:
-        return {}
-    data_card(next(iter(shapes.values())), data_root)
-    threads = max(1, available_cpus() // workers)
-    scratch = root / "state" / "probes"
-    scratch.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=scratch))
-    jobs = [(trial, data_root, folder / str(i), threads) for i, trial in enumerate(shapes.values())]
-    # A single shape is probed in every worker's place at once: workers slow each other down.
-    padded = [
-        (t, d, f.with_name(f"{f.name}.{copy}"), n) for t, d, f, n in jobs for copy in range(_copies(len(jobs), workers))
-    ]
-    try:
-        # Not a multiprocessing.Pool: its processes may not have children, which a trial on several devices needs.
-        with (
-            environment(dict.fromkeys(THREAD_VARIABLES, str(threads))),
-            ProcessPoolExecutor(
-                workers, multiprocessing.get_context("spawn"), gc.set_threshold, (COLLECT_AFTER,)
-            ) as pool,
-        ):
-            costs = list(pool.map(_probe, *zip(*padded, strict=True)))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    copies = len(padded) // len(jobs)
-    found = {}
-    for i, shape in enumerate(shapes):
-        group = costs[i * copies : (i + 1) * copies]
-        found[shape] = Cost(*(mean(getattr(c, part) for c in group) for part in ("setup", "step", "evaluation")))
-    return found
-
-
-def _copies(shapes: int, workers: int) -> int:
-    return workers if shapes < workers else 1
-
-
-class _Clock:
-    """Times a trial from outside: evaluations and steps as they pass."""
-
-    def __init__(self) -> None:
-        self.evaluated_at: list[float] = []
-
-    def evaluated(self, evaluation: Evaluation) -> bool:
-        self.evaluated_at.append(time.perf_counter())
-        return False
-
-    def stepped(self, step: int, total: int) -> bool:
-        return False
-
-
-def _probe(trial: Trial, data_root: Path, folder: Path, threads: int) -> Cost:
-    from ablate.training.trial import run_trial
-
-    def short(steps: int, **changes: int) -> Trial:
-        train = trial.train.model_copy(
-            update={"steps": steps, "eval_every": 10, "checkpoint_every": steps, "keep_checkpoint": False, **changes}
-        )
-        return trial.model_copy(update={"train": train, "questions": Questions()})
-
-    # The first trial of a process also compiles kernels and fills caches; only the second is timed.
-    warm = short(2, eval_tokens=max(4096, 64 * trial.tree.leaves))
-    run_trial(warm, data_root=data_root, folder=folder.with_name(f"{folder.name}.warm"), threads=threads, resume=False)
-    clock = _Clock()
-    started = time.perf_counter()
-    tokens = min(trial.train.eval_tokens, max(PROBE_TOKENS, 64 * trial.tree.leaves))
-    result = run_trial(
-        short(PROBE_STEPS, eval_tokens=tokens),
-        data_root=data_root,
-        folder=folder,
-        observer=clock,
-        threads=threads,
-        resume=False,
-    )
-    step = step_seconds(result.history, skip=1)
-    whole = clock.evaluated_at[-1] - clock.evaluated_at[0]
-    evaluation = max(0.0, (whole - result.history[-1].seconds) / (len(result.history) - 1))
-    ended = time.perf_counter() - clock.evaluated_at[-1]
-    setup = max(0.0, clock.evaluated_at[0] - started - evaluation) + ended
-    return Cost(setup=setup, step=step, evaluation=evaluation * trial.train.eval_tokens / tokens)

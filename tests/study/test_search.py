@@ -135,10 +135,12 @@ def test_a_candidate_that_the_budget_cut_off_goes_on_with_a_larger_one(tmp_path:
     noted = json.loads((tmp_path / "results/cheap/plan.json").read_text())["search"]["candidates"]
     assert [row["out"] for row in noted] == [None, "the budget was used up after 1 of 3 seeds"]
     assert [t.state.name for t in stored(tmp_path).trials] == ["COMPLETE", "WAITING"]
+    assert status("cheap", tmp_path).waiting == ["c002"]
     assert run(tmp_path, settings=search(4, **settings)) == Outcome(done=4, total=4)
     for budget, seeds in ((6, [[0, 1, 2], [0, 1, 2]]), (7, [[0, 1, 2], [0, 1, 2], [0]])):
         assert run(tmp_path, settings=search(budget, **settings)).done == budget
         assert seeds_of(tmp_path) == seeds
+        assert status("cheap", tmp_path).waiting == ["c003"][: budget - 6]
     noted = json.loads((tmp_path / "results/cheap/plan.json").read_text())["search"]["candidates"]
     assert [row["out"] for row in noted] == [None, None, "the budget was used up after 1 of 3 seeds"]
     assert [t.state.name for t in stored(tmp_path).trials] == ["COMPLETE", "COMPLETE", "WAITING"]
