@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import json
-from collections import Counter
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 
 from ablate.config import Study, Trial
 from ablate.config.tune import Trace
-from ablate.results.index import index
+from ablate.results.index import Finished, index
 from ablate.results.layout import Layout
 from ablate.study.address import default_storage, sqlite_path
 from ablate.study.designs import Plan, expand
@@ -82,6 +82,9 @@ def forecast(
         measured, start = measure(chosen, root=root, data_root=data_root, workers=workers, tracker=tracker)
         costs = between(shapes, measured)
     seconds = priced(phases, costs)
+    if study.budget.hours and study.design == "search" and phases[0]:
+        phases = _search_to_do(plan, layout, seconds[0][0])
+        seconds = priced(phases, costs)
     return Forecast(
         plan=plan,
         seconds=wall(seconds, workers, start, new_stores=not has_stores(root)),
@@ -145,17 +148,32 @@ def to_do(plan: Plan, known: Mapping[str, Trace], layout: Layout) -> tuple[list[
     return [[ToDo(arm, [trial]) for trial, arm in left]], perhaps
 
 
-def _search_to_do(plan: Plan, layout: Layout) -> list[list[ToDo]]:
-    """Return the runs of a search to do: those of its race, and those of its finalists, which have workers of their own."""
+def _search_to_do(plan: Plan, layout: Layout, seconds: float | None = None) -> list[list[ToDo]]:
+    """Return the runs of a search to do: those of its race, and those of its finalists, which have workers of their own.
+
+    `seconds` is what a run takes, where that is known: a budget of hours then says how many there will be.
+    """
     study, space = plan.study, Space(plan.study)
-    kinds = Counter(run.kind for run in index(layout) if run.space == plan.space)
-    finals = study.finalists.count * len(study.finalist_seeds) if study.budget.trials else 0
-    left = (study.racing_trials - kinds["search"], finals - kinds["finalist"])
-    some: list[Trial] = []
-    if any(count > 0 for count in left):
-        drawn = space.possible(np.random.default_rng(0), CANDIDATES, 1000)
-        some = [space.trial(space.candidate(chosen), study.seeds[0]) for chosen in drawn]
-    return [[ToDo("candidate", some)] * max(0, count) for count in left]
+    runs = [run for run in index(layout) if run.space == plan.space]
+    finals = study.finalists.count * len(study.finalist_seeds) - sum(run.kind == "finalist" for run in runs)
+    drawn = space.possible(np.random.default_rng(0), CANDIDATES, 1000)
+    one = ToDo("candidate", [space.trial(space.candidate(chosen), study.seeds[0]) for chosen in drawn])
+    race = _race_left(study, [run for run in runs if run.kind == "search"], one, seconds)
+    return [[one] * max(0, count) for count in (race, finals)]
+
+
+def _race_left(study: Study, raced: Sequence[Finished], one: ToDo, seconds: float | None) -> int:
+    """Return how many runs the tightest limit of the budget leaves for a race; one where only hours limit it."""
+    budget, left = study.budget, [math.inf]
+    if budget.trials:
+        left.append(study.racing_trials - len(raced))
+    if budget.tokens:
+        left.append(math.ceil(budget.tokens / mean(t.tokens for t in one.trials)) - len(raced))
+    if budget.hours and (hours := budget.hours - sum(run.seconds for run in raced) / 3600) <= 0:
+        left.append(0)
+    elif budget.hours and seconds:
+        left.append(math.ceil(hours * 3600 / seconds))
+    return 1 if min(left) == math.inf else int(min(left))
 
 
 def to_come(plan: Plan, known: Mapping[str, Trace]) -> tuple[list[tuple[Trial, str]], list[Trial]]:

@@ -13,8 +13,20 @@ import pytest
 from ablate.config import Study, parse
 from ablate.results.layout import Layout
 from ablate.study.designs import expand
-from ablate.study.forecast import COMMAND, NEW_STORES, WORKERS_END, between, ends, priced, shapes_of, to_do, wall
+from ablate.study.forecast import (
+    COMMAND,
+    NEW_STORES,
+    WORKERS_END,
+    _search_to_do,
+    between,
+    ends,
+    priced,
+    shapes_of,
+    to_do,
+    wall,
+)
 from ablate.study.probes import Cost, Start
+from tests.study import objective
 from tests.study.timings import FILE, STUDIES, WORKERS
 
 RECORDED = json.loads(FILE.read_text(encoding="utf-8"))
@@ -41,3 +53,28 @@ def test_a_forecast_fills_workers_in_turn_and_starts_them_in_every_phase() -> No
     assert wall([[10.0] * 4, [5.0] * 2], 2, START) == pytest.approx(command + 2 * (begin + end) + 20 + 5)
     more = wall([[10.0]], 2, START, new_stores=True) - wall([[10.0]], 2, START)
     assert more == pytest.approx(NEW_STORES * START.process)
+
+
+@pytest.mark.parametrize(
+    ("budget", "race"),
+    [({"trials": 30}, 26), ({"tokens": 5 * 20 * 8 * 256 - 1}, 5), ({"trials": 6, "tokens": 5 * 20 * 8 * 256}, 2)],
+    ids=["trials", "tokens", "both"],
+)
+def test_every_limit_of_a_search_says_how_many_runs_are_to_do(
+    budget: dict[str, int], race: int, tmp_path: Path
+) -> None:
+    settings = {"design": "search", "factors": {"tree.mirror": {"range": {"low": 0, "high": 1}}}, "budget": budget}
+    study = objective.study(**settings, finalists={"count": 2})
+    phases, _ = to_do(expand(study), {}, Layout(tmp_path, study.name))
+    assert [len(phase) for phase in phases] == [race, 4]
+
+
+def test_hours_allow_so_many_runs_as_fit(tmp_path: Path) -> None:
+    settings = {
+        "design": "search",
+        "factors": {"tree.mirror": {"range": {"low": 0, "high": 1}}},
+        "budget": {"hours": 1},
+    }
+    plan = expand(objective.study(**settings, finalists={"count": 0}))
+    left = [len(_search_to_do(plan, Layout(tmp_path, "cheap"), seconds)[0]) for seconds in (60.0, 7.0)]
+    assert left == [60, 515], "the run that reaches the limit is still finished"
