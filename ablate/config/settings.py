@@ -106,7 +106,7 @@ class Tree(Settings):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        mirrors = {self.mirror, self.mirror if self.node_mirror is None else self.node_mirror}
+        mirrors = {self.mirror, self.mirror_of_nodes}
         if TRAITS[self.activation].odd and mirrors != {0.0}:
             raise ValueError(f"mirror is {self.mirror}: activation {self.activation!r} takes mirror 0 only")
         if self.placement != "unit" and self.node_mirror not in (None, self.mirror):
@@ -120,6 +120,15 @@ class Tree(Settings):
                 f"routing is {self.routing!r}, router_input {self.router_input!r}: router 'hash' takes 'sign' and 'raw' only"
             )
         return self
+
+    @property
+    def mirror_of_nodes(self) -> float:
+        """s of node units: their own, or the mirror."""
+        return self.mirror if self.node_mirror is None else self.node_mirror
+
+    def plain(self) -> Self:
+        """Return the same layer without a node_mirror that only repeats the mirror."""
+        return self.model_copy(update={"node_mirror": None}) if self.node_mirror == self.mirror else self
 
     @property
     def leaves(self) -> int:

@@ -21,7 +21,7 @@ from ablate.model.routing import Rule, rules
 
 def tree_spec(tree: Tree) -> TreeSpec:
     """The kernel's view of a tree's settings. Where phi is the identity the three placements are one model: `unit`."""
-    node_mirror = tree.mirror if tree.node_mirror is None else tree.node_mirror
+    node_mirror = tree.mirror_of_nodes
     linear = is_identity(tree.activation, tree.mirror) and node_mirror == tree.mirror
     scaled = tree.gain == "unit"
     return TreeSpec(

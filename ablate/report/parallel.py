@@ -72,7 +72,7 @@ def _levels(ax: Axes, place: int, runs: list[dict[str, Any]], key: str) -> tuple
         return [at[t] for t in texts], names[0], names[-1]
     box = {"facecolor": PAPER, "edgecolor": "none", "pad": 1.0, "alpha": 0.85}
     for name, y in at.items():
-        ax.text(place + 0.04, y, wrap(name, 10, 1), fontsize=7, color=INK, va="center", zorder=4, bbox=box)
+        ax.text(place + 0.04, y, wrap(name, 12, 1), fontsize=7, color=INK, va="center", zorder=4, bbox=box)
     return [at[t] for t in texts], "", ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -213,8 +214,9 @@ def matched(study: Study, arm: Arm) -> Arm:
     found = derive(study.match, target, trial_of(study, arm).tree, field)
     if not found.close:
         raise ConfigError(
-            f"match is {study.match!r}: arm {arm.label!r} comes no closer than {found.units} units to the base's "
-            f"{target} ({found.off:+.0%}, tree.{field} = {found.value}); within {TOLERANCE:.0%} is allowed"
+            f"match is {study.match!r}: arm {arm.label!r} comes no closer to the base's {target} units than "
+            f"{found.units} (tree.{field} = {found.value}); {math.ceil(target * (1 - TOLERANCE))} to "
+            f"{math.floor(target * (1 + TOLERANCE))} are allowed"
         )
     units = f"{found.units} {study.match.replace('_', ' ')} ({found.off:+.1%} of the base's {target})"
     changes = {**arm.changes, f"tree.{field}": found.value}

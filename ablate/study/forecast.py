@@ -27,7 +27,7 @@ from ablate.study.tracker import Tracker
 # Random candidates of a search; each of its runs is taken to cost their mean.
 CANDIDATES = 40
 # Parts of a run outside its trials, in starts of a worker's process; imports are most of each (tests/study/timings.json).
-COMMAND = 1.4
+COMMAND = 1.2
 """The command itself: its start, and its end once the last worker is gone."""
 WORKERS_END = 0.4
 """From the last trial of a phase until its workers are gone."""

@@ -204,8 +204,9 @@ class Space:
                 f"factors: no candidate of {LOOKS * 21} drawn at random can exist, for example {_first(reasons)}"
             )
         if reasons:
-            share = f"{possible / LOOKS:.0%}" if possible >= 0.05 * LOOKS else "few"
-            notes.append(f"{share} of all combinations can exist; most others fail as {_first(reasons)}")
+            share = f"{1 - possible / LOOKS:.0%}" if 0.05 * LOOKS <= possible < 0.99 * LOOKS else "some"
+            share = "most" if possible < 0.05 * LOOKS else share
+            notes.append(f"{share} of all combinations cannot exist, most often because {_first(reasons)}")
 
 
 def describe(distribution: BaseDistribution) -> str:

@@ -64,6 +64,9 @@ def test_what_is_refused(tmp_path: Path) -> None:
     write_search(tmp_path, "base", count=1, diverged="none", finalists=0)
     with pytest.raises(ConfigError, match="found nothing but its base"):
         promote("base", tmp_path, 3)
+    write_search(tmp_path, "same", count=1, diverged="none", finalists=0, factors=FACTORS | CONDITIONAL, spelled=True)
+    with pytest.raises(ConfigError, match="c001 is the same configuration as the base"):
+        promote("same", tmp_path, 3)
     write_search(tmp_path)
     kept = promote("hunt", tmp_path, 1).read_bytes()
     with pytest.raises(ConfigError, match="exists already"):

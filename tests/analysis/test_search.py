@@ -36,6 +36,13 @@ def test_a_search_makes_no_claim(found: Any) -> None:
     assert "`ablate study promote hunt --top 3`" in data["search"]["headline"][-1]
 
 
+@pytest.mark.parametrize("spelled", [False, True])
+def test_the_base_is_found_among_the_candidates_however_it_is_written(tmp_path: Path, spelled: bool) -> None:
+    data = study(tmp_path, factors=FACTORS | CONDITIONAL, count=12, spelled=spelled)
+    assert data["search"]["base"] == "c001"
+    assert any("the base's settings (c001)" in line for line in data["search"]["headline"])
+
+
 def test_the_planted_factor_comes_first_and_the_idle_one_explains_nothing(found: Any) -> None:
     data, _ = found
     for objective, factor in (("bpb", "tree.depth"), ("n_eff_frac", "tree.mirror")):

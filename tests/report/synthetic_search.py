@@ -44,12 +44,13 @@ def write_search(
     title: str = "Synthetic search",
     with_plan: bool = True,
     base_first: bool = True,
+    spelled: bool = False,
     seed: int = 7,
 ) -> dict[str, tuple[float, float]]:
     """Write the study file, plan and tables of a search under `root`; return each candidate's true bpb and n_eff_frac.
 
     `diverged` is none, one or all. Racing stops a candidate after its first seed where it is clearly worse than the
-    best so far, as an engine would.
+    best so far, as an engine would. With `spelled`, the base's candidate says what mirror its nodes have, as a search does.
     """
     rng = np.random.default_rng(seed)
     factors = FACTORS if factors is None else factors
@@ -80,6 +81,8 @@ def write_search(
             for f, spec in factors.items():
                 if isinstance(spec, dict) and any(values[k] != v for k, v in spec.get("when", {}).items()):
                     values[f] = None
+        if spelled and i == 0:
+            values["tree.node_mirror"] = values["tree.mirror"]
         if match != "none":
             units = 2 ** values.get("tree.depth", 6) * (1 + values.get("tree.leaf_width", 4))
             values["tree.trees"] = max(1, round(1276 / units))

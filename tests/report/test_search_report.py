@@ -12,6 +12,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]
 
 from ablate.report.build import build
+from ablate.report.context import LEADING
 from tests.browser import chromium
 from tests.report.synthetic_search import CONDITIONAL, FACTORS, write_search
 from tests.report.test_page import opened
@@ -80,6 +81,17 @@ def test_candidates_have_short_names_and_columns(root: Path) -> None:
     assert "set tree.trees" in table[0]
     assert len(table) == 26
     assert all(re.match(r"c\d{3},", line) for line in table[1:])
+
+
+def test_the_front_and_every_objective_are_named(root: Path) -> None:
+    found = json.loads((root / "out/hunt/findings.json").read_text(encoding="utf-8"))["search"]
+    picture = (root / "out/hunt/figures/front.svg").read_text(encoding="utf-8")
+    for r in (r for r in found["candidates"] if r["on_front"]):
+        named = 1 + (r["rank"] <= LEADING)  # at its mark, and in the legend
+        assert picture.count(f">{r['arm']}</text>") == named
+    text = (root / "out/hunt/report.md").read_text(encoding="utf-8").replace("\\_", "_")
+    for o in found["objectives"]:
+        assert f"The best {o['objective']} was reached by " in text
 
 
 def test_the_same_tables_give_the_same_bytes(root: Path) -> None:

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -346,6 +347,14 @@ def test_whole_numbers_need_no_flag_and_sizes_that_never_fit_are_named() -> None
     assert (depth.low, depth.high) == (2, 8)
     assert any("tree.depth 9 left out" in note for note in space.notes)
     assert space.derived == "tree.trees"
+    share = next(
+        re.match(r"(\d+)% of all combinations cannot exist", note) for note in space.notes if "cannot exist" in note
+    )
+    rng = np.random.default_rng(1)
+    impossible = np.mean([space.impossible(space.random(rng)) is not None for _ in range(1000)])
+    assert share is not None
+    assert float(share[1]) / 100 == pytest.approx(impossible, abs=0.12)
+    assert any("1149 to 1403 are allowed" in note for note in space.notes)
 
 
 @pytest.mark.parametrize(

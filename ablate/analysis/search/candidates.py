@@ -228,9 +228,12 @@ class Search:
     @cached_property
     def base(self) -> str | None:
         """The candidate whose settings are the study's base, None where there is none."""
-        base = self.tables.study.trial({})
+        study = self.tables.study
+        base = study.trial({})
         for arm, settings in self.settings.items():
-            if all(same(v, base.value(k)) for k, v in settings.items()):
+            tree = study.trial({k: v for k, v in settings.items() if v is not None}).tree
+            rest = ((k, v) for k, v in settings.items() if not k.startswith("tree."))
+            if tree.plain() == base.tree.plain() and all(same(v, base.value(k)) for k, v in rest):
                 return arm
         return None
 

@@ -11,7 +11,7 @@ from ablate.analysis import arms
 from ablate.analysis.frames import load
 from ablate.analysis.search.candidates import Search, same
 from ablate.analysis.search.story import text
-from ablate.config import ConfigError, Scalar, Study, parse
+from ablate.config import ConfigError, Scalar, Study, Trial, parse
 
 SEEDS = 10
 
@@ -41,13 +41,13 @@ def promote(name: str, root: Path, top: int) -> Path:
         )
     base = study.trial({})
     chosen: dict[str, dict[str, Scalar]] = {}
-    seen = {base.hash(): "the base"}
+    seen = {_identity(base): "the base"}
     skipped: list[str] = []
     for arm in search.ranking:
         if len(chosen) == top:
             break
         changes = changed(study, search.settings[arm])
-        key = study.trial(changes).hash()
+        key = _identity(study.trial(changes))
         if key in seen:
             skipped.append(f"{arm} is the same configuration as {seen[key]}")
             continue
@@ -57,7 +57,7 @@ def promote(name: str, root: Path, top: int) -> Path:
         raise ConfigError(f"search {name!r} found nothing but its base: {'; '.join(skipped)}")
     data: dict[str, Any] = {
         "name": f"{name}-confirm",
-        "title": f"Do the best candidates of {study.title or name} hold on new seeds?",
+        "title": f"Do the best candidates of the search {name!r} hold on new seeds?",
         "design": "confirm",
         "preset": study.preset,
         "base": study.base,
@@ -81,6 +81,11 @@ def promote(name: str, root: Path, top: int) -> Path:
     with target.open("x", encoding="utf-8") as file:
         file.write("".join(f"# {line}\n" for line in _head(search, chosen, skipped, top)) + body)
     return target
+
+
+def _identity(trial: Trial) -> str:
+    """Return the hash of a configuration that two spellings of one tree share."""
+    return trial.model_copy(update={"tree": trial.tree.plain()}).hash()
 
 
 def changed(study: Study, settings: dict[str, Any]) -> dict[str, Scalar]:

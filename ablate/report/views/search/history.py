@@ -46,16 +46,18 @@ def history(c: Context) -> View:
     few_ticks(*axes, count=8)
     view.figures.append(("search_history", "Dots: racing means of the candidates; line: the best so far", figure))
     view.plots.append(("search_history", _plot(c, rows, means, known[0])))
-    gained = [(i, r) for i, r in zip(x, rows, strict=True) if r["best"].get(known[0]) == rows[-1]["best"][known[0]]]
-    at_arm = gained[0][1]["arm"]
-    view.reading.append(
-        f"The best {known[0]} was reached by {at_arm}, after {gained[0][1]['runs']} of {rows[-1]['runs']} training runs "
-        f"({gained[0][0]} of {len(rows)} candidates)."
-    )
+    for o in known:
+        place, first = next((i, r) for i, r in zip(x, rows, strict=True) if r["best"].get(o) == rows[-1]["best"][o])
+        view.reading.append(
+            f"The best {o} was reached by {first['arm']}, after {first['runs']} of {rows[-1]['runs']} training runs "
+            f"({place} of {len(rows)} candidates)."
+        )
     view.reading.append("The best of many noisy means is better than it deserves; fresh seeds correct that.")
     if volume:
         corner = ", ".join(f"{o['objective']} {o['worst']:.3g}" for o in c.findings["search"]["objectives"])
-        view.reading.append(f"Hypervolume: what the candidates dominate over the worst corner ({corner}).")
+        view.reading.append(
+            f"Hypervolume: the area between a poor corner ({corner}) and the front. It grows whenever the front gets better."
+        )
     view.data["search_history"] = pl.DataFrame(
         [{"arm": r["arm"], "runs": r["runs"], **r["best"], "hypervolume": r["hypervolume"]} for r in rows],
         infer_schema_length=None,

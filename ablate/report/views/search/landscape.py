@@ -186,7 +186,7 @@ def _curve(ax: Any, r: dict[str, Any], colour: str) -> None:
         for i, (m, lo, hi) in enumerate(zip(r["mean"], r["low"], r["high"], strict=True)):
             ax.plot([i, i], [lo, hi], color=colour, linewidth=1.4)
             ax.plot(i, m, "o", color=colour, markersize=5)
-        ax.set_xticks(x, [wrap(str(a), 11, 2) for a in r["at"]])
+        ax.set_xticks(x, [wrap(str(a), 12, 2) for a in r["at"]])
         ax.set_xlim(-0.5, len(x) - 0.5)
     for at, n in zip(x, r["n"], strict=True):
         if n:
