@@ -25,6 +25,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """Give it back, or Triton complains at the end that its objects are still there."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session")
 def fresh_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MLflow database: MLflow takes seconds to make one, so that it is made once and copied."""
