@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ablate import __version__
-from ablate.cli.common import app, main
+from ablate.cli.commands import app, run
 from ablate.config import ConfigError
 from ablate.config.drafts import placed_study
 
@@ -94,7 +94,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
 def test_windows_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "platform", "win32")
     with pytest.raises(SystemExit) as ended:
-        main()
+        run()
     assert ended.value.code == 2
     assert capsys.readouterr().err == "ablate: Windows is not supported: use WSL 2, which is Linux\n"
 

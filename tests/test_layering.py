@@ -137,7 +137,7 @@ def test_rooms_do_not_load(rooms: tuple[str, ...], forbidden: tuple[str, ...]) -
 @pytest.mark.parametrize(
     ("modules", "forbidden"),
     [
-        ("ablate.cli, ablate.training.runs", ("torch", "mlflow", "scipy")),
+        ("ablate.cli.commands, ablate.training.runs", ("torch", "mlflow", "scipy")),
         ("ablate.tasks.registry, ablate.study.runner, ablate.tracking.tracker", ("torch", "lightning", "datasets")),
         ("ablate.evaluation.evaluate, ablate.balance.prune, ablate.training.checkpoint", ("lightning", "statsmodels")),
     ],

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import typer
 
-from ablate.cli.common import app
+from ablate.cli.commands import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(

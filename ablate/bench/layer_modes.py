@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import statistics
 import sys
 import time
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from ablate.bench.contenders import SHAPES, Shape
 from ablate.kernels.op import tree_feedforward
+from ablate.training.lifeline import die_with, out_of_reach
 
 RUNS = 15
 BLOCK = 5
@@ -35,7 +37,9 @@ def growth(
         torch.set_num_threads(threads)
     shapes = [Shape(name=f"D {d}", tokens=16384, d=256, trees=1, depth=d, leaf_width=1) for d in depths]
     times = _in_turn({s.depth: _step(s) for s in shapes})
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+    with out_of_reach():
+        started = multiprocessing.get_context("spawn").Pool(1, die_with, (os.getpid(),), maxtasksperchild=1)
+    with started as pool:
         peaks = [pool.apply(_peak_bytes, (s, torch.get_num_threads())) for s in shapes]
     rows: list[dict[str, Any]] = [
         {

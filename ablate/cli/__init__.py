@@ -1,6 +1,17 @@
 """The `ablate` command: one verb per thing a user does. Imports are inside the commands, so that `--help` is quick."""
 
-from ablate.cli import drafts, early, exporting, models, pipeline, speed, studies
-from ablate.cli.common import main
+from typing import NoReturn
 
-__all__ = ["drafts", "early", "exporting", "main", "models", "pipeline", "speed", "studies"]
+from ablate.cli import early
+
+
+def main() -> NoReturn:
+    """Entry point: answer Ctrl-C from the first line on, then import the commands and run the one that was asked for."""
+    early.answer("stopped before anything was done")
+    from ablate.cli.commands import run
+
+    early.answer("stopped; what was finished is kept, call the command again and it goes on")
+    run()
+
+
+__all__ = ["early", "main"]

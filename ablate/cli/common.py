@@ -67,8 +67,8 @@ def _start(
     pass
 
 
-def main() -> NoReturn:
-    """Entry point: what a user can mend is one line on stderr and exit code 2, what the machine cannot do exit code 1.
+def run() -> NoReturn:
+    """Run what was asked for: what a user can mend is one line on stderr and exit code 2, the machine's faults exit code 1.
 
     SIGINT and SIGTERM end every command in seconds, with one line and exit code 128 + their number.
     """

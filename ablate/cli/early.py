@@ -1,18 +1,38 @@
-"""Ctrl-C while the command is being imported is a line like any other; import this module first."""
+"""Ctrl-C and SIGTERM before a command works and after it has: a line and an exit code, as while it works."""
 
 from __future__ import annotations
 
-import sys
-from types import TracebackType
+import atexit
+import os
+import signal
+import threading
+from types import FrameType
 
-_plain = sys.excepthook
-
-
-def _interrupted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    if issubclass(kind, KeyboardInterrupt):
-        print("ablate: stopped before anything was done", file=sys.stderr)
-    else:
-        _plain(kind, error, trace)
+NUMBERS = (signal.SIGINT, signal.SIGTERM)
+_registered = False
 
 
-sys.excepthook = _interrupted
+def answer(words: str) -> None:
+    """End the process at SIGINT and SIGTERM from now on, with a line of these words and exit code 128 + the number.
+
+    Python's last moments, in which it would let a signal kill it, are kept from both. Does nothing outside the main
+    thread, where Python allows no handler.
+    """
+    global _registered
+    if threading.current_thread() is not threading.main_thread():
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        os.write(2, f"ablate: {words}\n".encode())
+        os._exit(128 + number)
+
+    for number in NUMBERS:
+        signal.signal(number, end)
+    if not _registered:
+        _registered = True
+        atexit.register(_ignore)  # The first that is registered is the last that is called.
+
+
+def _ignore() -> None:
+    for number in NUMBERS:
+        signal.signal(number, signal.SIG_IGN)

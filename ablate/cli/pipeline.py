@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
-import multiprocessing
 import os
-import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -29,10 +27,7 @@ from ablate.cli.common import (
 from ablate.cli.waiting import Steps, busy
 from ablate.config import ConfigError, Trial, load_study
 from ablate.files import write_text
-from ablate.training.lifeline import die_with
-
-if TYPE_CHECKING:
-    pass
+from ablate.training.lifeline import out_of_reach, processes
 
 
 @app.command()
@@ -157,9 +152,10 @@ def figures(
     slowest_first = sorted(chosen, key=lambda name: -published.size(name, ROOT))
     workers = min(len(chosen), os.cpu_count() or 1)
     drawing = busy(f"drawing {len(chosen)} reports", quiet=as_json)
-    one_each = environment(dict.fromkeys(THREAD_VARIABLES, "1"))
-    with drawing, one_each, multiprocessing.get_context("spawn").Pool(workers, _drawing, (os.getpid(),)) as pool:
-        redrawn = pool.starmap(published.redraw, [(name, ROOT) for name in slowest_first], chunksize=1)
+    with drawing, processes(workers, _drawing) as pool:
+        with environment(dict.fromkeys(THREAD_VARIABLES, "1")), out_of_reach():
+            drawn = pool.map(published.redraw, slowest_first, [ROOT] * len(slowest_first))
+        redrawn = list(drawn)
     found = dict(sorted(zip(slowest_first, redrawn, strict=True)))
     if as_json:
         print(json.dumps(found))
@@ -169,11 +165,9 @@ def figures(
     raise typer.Exit(1 if any(found.values()) else 0)
 
 
-def _drawing(parent: int) -> None:
-    """Begin a process that draws: it ends with its parent, to whom Ctrl-C is left."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    die_with(parent)
-    # Matplotlib makes small objects by the million; looking for dead ones less often saves a tenth of the time.
+def _drawing() -> None:
+    """Begin a process that draws: Matplotlib makes small objects by the million; looking for dead ones less often saves
+    a tenth of the time."""
     gc.set_threshold(200_000)
 
 

@@ -23,7 +23,7 @@ from ablate.config import mask_output, masked
 from ablate.files import described, machine_fault
 from ablate.study.job import Event, Job
 from ablate.study.worker import work
-from ablate.training.lifeline import guarded
+from ablate.training.lifeline import guarded, out_of_reach
 
 THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
@@ -71,7 +71,7 @@ class LocalEngine:
             process = self._context.Process(
                 target=guarded, args=(os.getpid(), work, sender), name=f"ablate-worker-{slot}"
             )
-            with environment(dict.fromkeys(THREAD_VARIABLES, str(job.threads))):
+            with environment(dict.fromkeys(THREAD_VARIABLES, str(job.threads))), out_of_reach():
                 process.start()
             sender.close()
             self._processes[name], self._pipes[name] = process, receiver
@@ -160,7 +160,6 @@ def _main(job: Job, name: str, slot: int, log: Path, pipe: Connection) -> None:
     """A worker process from its start to its end."""
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # A terminal's Ctrl-C reaches everybody; the parent passes it on.
     _redirect(log)
     mask_output()
     _own_gpu(slot, job.plan.study.trial({}).train.devices)

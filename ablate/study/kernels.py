@@ -14,6 +14,7 @@ from pathlib import Path
 import ablate
 from ablate.config import Trial, digest
 from ablate.files import write_text
+from ablate.training.lifeline import out_of_reach
 
 SOURCES = Path(ablate.__file__).parent / "kernels"
 EVERY = 15.0
@@ -42,12 +43,14 @@ def compile_kernels(
     # By the path that this process imported it from: Numba keeps what it compiled under that path, and another way to
     # the same files, by a link in the working directory, would be compiled for nobody.
     here = [str(SOURCES.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "ablate.kernels.cpu.warm"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(here)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    tied = f"from ablate.training.lifeline import die_with; die_with({os.getpid()})"
+    with out_of_reach():
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-c", f"{tied}; from ablate.kernels.cpu.warm import main; main()"],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(here)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
     try:
         while process.poll() is None and not stopped():
             time.sleep(0.1)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import multiprocessing
 import os
 import pickle
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 COLLECT_AFTER = 10_000
@@ -32,6 +36,19 @@ def die_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True, name="parent-watch").start()
 
 
+@contextmanager
+def out_of_reach() -> Iterator[None]:
+    """Keep Ctrl-C from processes that are started in the block: a terminal sends it to all, and the parent passes it on.
+
+    From their first moment, as a handler of their own, which is set after imports, could not.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def guarded(parent: int, work: bytes, *rest: Any) -> None:
     """Run pickled work in a child process that ends with its parent.
 
@@ -41,3 +58,30 @@ def guarded(parent: int, work: bytes, *rest: Any) -> None:
     die_with(parent)
     gc.set_threshold(COLLECT_AFTER)
     pickle.loads(work)(*rest)
+
+
+@contextmanager
+def processes(count: int, begin: Callable[[], object] | None = None) -> Iterator[ProcessPoolExecutor]:
+    """Give a pool of child processes that end with this one; where the block raises, they are killed at once.
+
+    Args:
+        count: how many processes.
+        begin: is called in each before its first work.
+    """
+    # Not a multiprocessing.Pool: its processes may not have children, which a trial on several devices needs.
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _begin, (os.getpid(), begin))
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in multiprocessing.active_children():
+            child.kill()
+        raise
+    pool.shutdown()
+
+
+def _begin(parent: int, begin: Callable[[], object] | None) -> None:
+    die_with(parent)
+    gc.set_threshold(COLLECT_AFTER)
+    if begin is not None:
+        begin()

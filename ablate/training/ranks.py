@@ -18,7 +18,7 @@ import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment, find_free_network_port
 from lightning.pytorch.strategies import DDPStrategy
 
-from ablate.training.lifeline import guarded
+from ablate.training.lifeline import guarded, out_of_reach
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +81,9 @@ def started(devices: int, run: Callable[[Place], object]) -> Iterator[Place]:
         )
         for rank in range(1, devices)
     ]
-    for process in others:
-        process.start()
+    with out_of_reach():
+        for process in others:
+            process.start()
     try:
         yield Place(0, port)
         for process in others:
@@ -97,6 +98,5 @@ def started(devices: int, run: Callable[[Place], object]) -> Iterator[Place]:
 
 def _main(run: Callable[[Place], object], place: Place) -> None:
     # Who is asked to stop is rank 0; the others hear it from there.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     run(place)

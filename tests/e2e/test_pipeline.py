@@ -19,7 +19,7 @@ from mlflow.tracking import MlflowClient
 from polars.testing import assert_frame_equal
 from typer.testing import CliRunner
 
-from ablate.cli.common import app
+from ablate.cli.commands import app
 from ablate.config import load_study
 from tests.browser import chromium
 from tests.test_pasted import commands

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 import yaml
 
-from ablate.cli.common import main
+from ablate.cli.commands import run
 from ablate.config import ConfigError, load_study
 from ablate.data import codec
 from ablate.study.designs import expand
@@ -114,7 +114,7 @@ def command(*argv: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     before, sys.argv = sys.argv, ["ablate", *argv]
     try:
         with pytest.raises(SystemExit) as ended:
-            main()
+            run()
     finally:
         sys.argv = before
     return int(ended.value.code or 0), capsys.readouterr().err
