@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from ablate.results.windows import window_table
 _ROUTING = {name + end for name in ROUTING for end in ("", "_worst")}
 REQUIRED_PRUNE = {"threshold", "units_before", "units_after", "bpb_before", "bpb_after", "controls"}
 ROW_GROUP = 1_000_000
+_STREAMED = {files.USAGE: USAGE_TABLE_SCHEMA, files.TREES: TREES_TABLE_SCHEMA, files.MOTION: MOTION_TABLE_SCHEMA}
 
 
 def collect(study: str, root: Path) -> Path:
@@ -91,9 +92,8 @@ def collect(study: str, root: Path) -> Path:
     )
     frame = _frame(trials, schema)
     _write(frame, layout.tables / files.TRIALS)
-    _stream(layout, order, layout.usage, USAGE_TABLE_SCHEMA, layout.tables / files.USAGE)
-    _stream(layout, order, layout.trees, TREES_TABLE_SCHEMA, layout.tables / files.TREES)
-    _stream(layout, order, layout.motion, MOTION_TABLE_SCHEMA, layout.tables / files.MOTION)
+    for table, columns_of in _STREAMED.items():
+        _stream(layout, order, table, columns_of)
     _write_or_remove(window_table(layout, frame), layout.tables / files.WINDOWS)
     evaluations = pl.DataFrame(history, {k: t for k, t in HISTORY_SCHEMA.items() if k not in _ROUTING}, strict=False)
     routing = routing_rows(layout.tables / files.TREES)
@@ -250,21 +250,17 @@ def _write_or_remove(frame: pl.DataFrame, path: Path) -> None:
         _write(frame, path)
 
 
-def _stream(
-    layout: Layout,
-    order: dict[str, dict[str, Any]],
-    source: Callable[[str], Path],
-    schema: dict[str, pl.DataType],
-    path: Path,
-) -> None:
+def _stream(layout: Layout, order: dict[str, dict[str, Any]], table: str, schema: dict[str, pl.DataType]) -> None:
     """Stream a table of every trial into one; memory stays bounded however many trials there are."""
-    present = [name for name in order if source(name).exists()]
+    path, there = layout.tables / table, layout.names()
+    present = [name for name in order if f"{name}.{table}" in there]
+    sources = [f"{layout.results}/{name}.{table}" for name in present]
     if not present:
         _write(pl.DataFrame(schema=schema), path)
         return
     place = pl.LazyFrame(
         {
-            "file": [str(source(name)) for name in present],
+            "file": sources,
             "study": [layout.study] * len(present),
             "trial": present,
             "arm": [order[name]["arm"] for name in present],
@@ -272,7 +268,7 @@ def _stream(
         },
         schema_overrides={"seed": pl.Int64()},
     )
-    rows = pl.scan_parquet([source(name) for name in present], glob=False, include_file_paths="file")
+    rows = pl.scan_parquet(sources, glob=False, include_file_paths="file")
     joined = rows.join(place, on="file", how="left", maintain_order="left").select(list(schema))
     with replacing(path) as partial:
         joined.sink_parquet(partial, compression="zstd", maintain_order=True, row_group_size=ROW_GROUP)

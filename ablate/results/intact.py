@@ -12,7 +12,7 @@ from typing import Any
 
 from ablate.config import ConfigError
 from ablate.files import write_text
-from ablate.results.layout import MODEL, TREES, USAGE, Layout
+from ablate.results.layout import MODEL, SIDE_TABLES, TREES, USAGE, Layout
 from ablate.results.seal import digest_of
 
 _MAGIC = b"PAR1"
@@ -42,8 +42,8 @@ def problems(layout: Layout, names: Iterable[str], *, thorough: bool = False) ->
     found: dict[str, Damage] = {}
     seen: dict[str, Any] = {}
     for name in names:
-        files = {f"{name}.json", *(path.name for path in layout.side_tables(name).values())}
-        now = {file: list(sizes[file]) for file in sorted(files & sizes.keys())}
+        files = sorted((f"{name}.json", *(f"{name}.{table}" for table in SIDE_TABLES)))
+        now = {file: list(sizes[file]) for file in files if file in sizes}
         if known.get(name) == now:
             seen[name] = now
         elif problem := _problem(layout, name):

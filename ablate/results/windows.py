@@ -5,7 +5,7 @@ from __future__ import annotations
 import polars as pl
 
 from ablate.results.columns import WINDOWS_TABLE_SCHEMA
-from ablate.results.layout import Layout
+from ablate.results.layout import WINDOWS, Layout
 
 
 def window_table(layout: Layout, trials: pl.DataFrame) -> pl.DataFrame:
@@ -17,7 +17,8 @@ def window_table(layout: Layout, trials: pl.DataFrame) -> pl.DataFrame:
     """
     ended = trials.filter((pl.col("status") == "finished") & (pl.col("kind") != "tune"))
     rows = ended.select("study", "trial", "arm", "kind").rows()
-    present = [(*row, str(path)) for row in rows if (path := layout.windows(row[1])).exists()]
+    there, folder = layout.names(), str(layout.results)
+    present = [(*row, f"{folder}/{row[1]}.{WINDOWS}") for row in rows if f"{row[1]}.{WINDOWS}" in there]
     if not present:
         return pl.DataFrame(schema=WINDOWS_TABLE_SCHEMA)
     place = pl.LazyFrame(present, ["study", "trial", "arm", "kind", "file"], orient="row")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ablate.config import ConfigError, Questions, Scalar, Study, Trial, digest
 from ablate.config.endpoints import measured_by
@@ -26,11 +26,11 @@ class PlannedTrial:
     trial: Trial
     factors: Mapping[str, Scalar]
     """Dotted field to its value in this trial; None where the field plays no part (tree fields of a dense control)."""
+    hash: str = field(init=False)
+    """Content hash of the configuration: the trial's name everywhere."""
 
-    @property
-    def hash(self) -> str:
-        """Content hash of the configuration: the trial's name everywhere."""
-        return self.trial.hash()
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "hash", self.trial.hash())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +140,13 @@ def expand(study: Study, traces: Mapping[str, Trace] | None = None, finalists: I
         hash=digest([study.settled(), base.model_dump(mode="json")]),
         space=_space(study, base),
     )
+
+
+def one_of_each(plan: Plan) -> list[tuple[str, Trial]]:
+    """Return each arm's name with a trial of it, of a search the base: seeds and learning rates change nothing of their size."""
+    known = {planned.arm: planned.trial for planned in plan.trials}
+    named = {arm.label: known.get(arm.label) or plan.study.trial(dict(arm.changes)) for arm in plan.arms}
+    return list(named.items()) or [("the base", plan.study.trial({}))]
 
 
 def _traces(study: Study, base: Trial, arms: Iterable[Arm], known: Mapping[str, Trace]) -> dict[str, Trace]:

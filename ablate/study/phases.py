@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ablate.config import Study
 from ablate.results.layout import Layout
 from ablate.results.plan_file import load_plan
 from ablate.study.candidates import Candidates
@@ -23,10 +22,11 @@ def queue_of(job: Job) -> Queue:
     return Queue(job.plan, storage, checkout)
 
 
-def plan_of(study: Study, layout: Layout) -> Plan:
-    """Return the plan as far as it is known, written to plan.json."""
-    known, tuned = traces(study, layout)
-    plan = expand(study, known)
+def plan_of(plan: Plan, layout: Layout) -> Plan:
+    """Return a study's plan grown by the learning rates that are known by now, written to plan.json."""
+    known, tuned = traces(plan.study, layout)
+    if plan.study.tune is not None:
+        plan = expand(plan.study, known)
     before = load_plan(layout)
     # A search's file also says what its candidates were; it is written again when the race is over.
     if not (plan.racing and before and before.get("hash") == plan.hash):

@@ -12,12 +12,13 @@ from filelock import FileLock, Timeout
 
 from ablate.config import ConfigError, Study, masked
 from ablate.files import leftovers
+from ablate.model.memory import check_memory
 from ablate.results.intact import problems, set_aside
 from ablate.results.layout import Layout
 from ablate.results.plan_file import load_plan
-from ablate.results.record import load_record
+from ablate.results.record import read_record
 from ablate.study.address import default_storage
-from ablate.study.designs import expand
+from ablate.study.designs import Plan, expand, one_of_each
 from ablate.study.engines import LocalEngine
 from ablate.study.job import Job, Run
 from ablate.study.kernels import compile_kernels
@@ -64,11 +65,13 @@ def run_study(
     root = root.resolve()
     layout = Layout(root, study.name)
     engine = engine or LocalEngine(workers)
-    expand(study)
+    plan = expand(study)
+    if run is None and isinstance(engine, LocalEngine):
+        check_memory(one_of_each(plan), engine.workers)
     display = display or Display(study, engine.workers)
     with _alone(layout), stopping() as stops, display:
         try:
-            job, card = _prepared(study, layout, engine, display, data_root or root / "data", storage, tracker, run)
+            job, card = _prepared(plan, layout, engine, display, data_root or root / "data", storage, tracker, run)
             queue = queue_of(job)
             queue.describe()
             display.say(f"Optuna: {masked(job.storage)}, study {queue.study.study_name}")
@@ -84,7 +87,7 @@ def run_study(
                 waiting += [study.trial({})] if job.plan.racing else []
                 compile_kernels(waiting, root, display.say, lambda: stops.received is not None)
         except Stopped as stop:
-            return Outcome(len(layout.done()), expand(study).total or len(layout.done()), signal=stop.number)
+            return Outcome(len(layout.done()), plan.total or len(layout.done()), signal=stop.number)
         with stops.noting():
             session = Session(job, engine, queue, stops, display)
             session.run()
@@ -98,7 +101,7 @@ def run_study(
 
 
 def _prepared(
-    study: Study,
+    plan: Plan,
     layout: Layout,
     engine: Engine,
     display: Display,
@@ -111,6 +114,7 @@ def _prepared(
     for partial in leftovers(layout.results):
         partial.unlink(missing_ok=True)
     storage = storage or default_storage(layout.root)
+    study = plan.study
     first = study.trial({})
     if run is None and first.task.kind == "language":
         from ablate.data.tokens import corpus_key
@@ -127,7 +131,7 @@ def _prepared(
             card = _data_card(study, data_root)
         _set_aside(layout, card)
     job = Job(
-        plan=plan_of(study, layout),
+        plan=plan_of(plan, layout),
         root=layout.root,
         data_root=data_root.resolve(),
         storage=storage,
@@ -156,8 +160,8 @@ def _set_aside(layout: Layout, card: dict[str, Any]) -> None:
     """Move results that were measured on other data out of the way: they cannot be compared with new ones."""
     plan = load_plan(layout)
     for name in sorted(layout.done()) if plan else []:
-        record = load_record(layout.record(name))
-        made = (record.provenance.data_hash, record.provenance.tokenizer_hash)
+        origin = read_record(layout.record(name))["provenance"]
+        made = (origin["data_hash"], origin["tokenizer_hash"])
         if made != (card["data_hash"], card["tokenizer_hash"]):
             old = layout.state / "superseded" / layout.study / made[0]
             old.mkdir(parents=True, exist_ok=True)

@@ -155,7 +155,7 @@ class Session:
             if plan.trials:
                 self.display.say(f"racing is over; the best {study.finalists.count} run on fresh seeds")
         elif study.tune is not None:
-            plan = plan_of(study, self.layout)
+            plan = plan_of(self.job.plan, self.layout)
         else:
             return False
         if len(plan.trials) == before:

@@ -20,6 +20,7 @@ from ablate.config import ConfigError, Trial
 from ablate.evaluation.scores import Score
 from ablate.files import leftovers, replacing
 from ablate.kernels.backend import REFERENCE, choose, load
+from ablate.model.memory import check_memory
 from ablate.results.layout import LAST, MODEL, MOTION, TREES, USAGE, WINDOWS
 from ablate.tasks.registry import open_task
 from ablate.tasks.task import TrialTask
@@ -53,6 +54,7 @@ def run_trial(
     started = time.perf_counter()
     devices = trial.train.devices
     _check_devices(trial)
+    check_memory([("the trial", trial)])
     folder.mkdir(parents=True, exist_ok=True)
     for unfinished in leftovers(folder):
         unfinished.unlink()

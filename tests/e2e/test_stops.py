@@ -117,8 +117,11 @@ def started(mark: str) -> list[psutil.Process]:
     return found
 
 
-def stopped(command: list[str], root: Path, at: float, number: int, *, twice: bool = False) -> Stop:
-    """Start a command, send it and its children a signal after `at` seconds, and see how and when it ends."""
+def stopped(command: list[str], root: Path, at: float, number: int, *, after: str = "", twice: bool = False) -> Stop:
+    """Start a command, send it and its children a signal `at` seconds later, and see how and when it ends.
+
+    Seconds count from the line that holds `after`, where it is given.
+    """
     mark, stop = uuid.uuid4().hex, Stop(at, number)
     process = subprocess.Popen(
         command,
@@ -129,6 +132,9 @@ def stopped(command: list[str], root: Path, at: float, number: int, *, twice: bo
         text=True,
         start_new_session=True,
     )
+    assert process.stdout is not None
+    while after and after not in process.stdout.readline():
+        assert process.poll() is None
     began = time.monotonic()
     try:
         stop.output, _ = process.communicate(timeout=at)
@@ -215,7 +221,7 @@ def test_ctrl_c_while_the_command_is_imported_is_a_line(at: float, tmp_path: Pat
 
 
 def test_the_second_stop_ends_a_study_at_once(tmp_path: Path) -> None:
-    stop = stopped([*STUDY, str(tmp_path), "1", "slow", "{}"], ROOT, 6.0, signal.SIGINT, twice=True)
+    stop = stopped([*STUDY, str(tmp_path), "1", "slow", "{}"], ROOT, 1.0, signal.SIGINT, after="starting", twice=True)
     assert stop.seconds <= 2 * ORPHAN_SECONDS
     assert stop.code == 130
 

@@ -52,7 +52,7 @@ def grow(root: Path, seeds: int) -> int:
         },
         "seeds": list(range(seeds)),
     }
-    (root / "studies").mkdir(parents=True)
+    (root / "studies").mkdir(parents=True, exist_ok=True)
     (root / "studies" / f"{NAME}.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     plan, layout = expand(parse(Study, settings)), Layout(root, NAME)
     save_plan(layout, plan)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
-from sqlalchemy import text
 
 from ablate.balance import metrics, usage
 from ablate.config import ConfigError
@@ -19,13 +17,9 @@ from ablate.results.collect import collect
 from ablate.results.columns import BALANCE, HISTORY_SCHEMA, TRIALS_SCHEMA, USAGE_TABLE_SCHEMA
 from ablate.results.layout import Layout
 from ablate.results.record import Record, leaf_deaths, load_record, save_record
-from ablate.study.address import default_storage
 from ablate.study.designs import Plan, expand
-from ablate.study.queue import Queue
 from ablate.study.records import save_plan
-from ablate.study.storage import open_storage
 from ablate.training.result import Evaluation
-from tests.measured import ablate
 from tests.study import objective
 
 LEAVES = 4
@@ -170,40 +164,3 @@ def test_missing_and_damaged_results_are_one_line(root: Path, damage: str) -> No
         collect(name, root)
     assert ("no results" in str(error.value)) if damage == "none" else (str(path) in str(error.value))
     assert "\n" not in str(error.value)
-
-
-def ten_thousand(root: Path) -> None:
-    """Results of 10,000 trials, as large as those of the laptop study, and their rows in Optuna's database."""
-    plan = expand(objective.study(seeds=list(range(2500))))
-    layout = Layout(root, "cheap")
-    save_plan(layout, plan)
-    table = root / "u.parquet"
-    made = record(plan, 0, table)
-    layers = {f"layer{i}/{name}": v for i in range(4) for name, v in metrics.summary(counts(0)).items()}
-    history = [e.model_copy(update={"balance": {**e.balance, **layers}}) for e in made.history] * 2
-    for planned in plan.trials:
-        update = {"trial": planned.hash, "arm": planned.arm, "seed": planned.seed, "history": history}
-        layout.record(planned.hash).write_text(made.model_copy(update=update).model_dump_json(indent=1))
-        shutil.copyfile(table, layout.usage(planned.hash))
-    queue = Queue(plan, open_storage(default_storage(root)))
-    with queue.storage.engine.begin() as connection:
-        for number, planned in enumerate(plan.trials):
-            known = {"id": number + 1, "study": queue.study._study_id, "hash": json.dumps(planned.hash)}
-            connection.execute(text(TRIAL), known)
-            connection.execute(text(ATTRIBUTE), known)
-
-
-TRIAL = "INSERT INTO trials (trial_id, number, study_id, state) VALUES (:id, :id - 1, :study, 'COMPLETE')"
-ATTRIBUTE = "INSERT INTO trial_user_attributes (trial_id, key, value_json) VALUES (:id, 'trial', :hash)"
-
-
-@pytest.mark.soak
-def test_ten_thousand_trials_in_half_a_minute_and_a_gigabyte(tmp_path: Path) -> None:
-    ten_thousand(tmp_path)
-    status = ablate("study", "status", "cheap", cwd=tmp_path)
-    assert "10000 of 10000" in status.output
-    collected = ablate("collect", "cheap", cwd=tmp_path)
-    assert status.seconds <= 2.0
-    assert collected.seconds <= 30.0
-    assert max(status.peak, collected.peak) <= 1e9
-    assert pl.scan_parquet(tmp_path / "tables/cheap/trials.parquet").select(pl.len()).collect().item() == 10_000

@@ -25,8 +25,8 @@ from tests.study import objective
 from tests.study.postgres import postgres
 
 SHORT: dict[str, Any] = {"seeds": list(range(125)), "base": {"train": {"steps": 2, "eval_every": 2}}}
-FIRST_SECONDS = 8.0
-"""CPU seconds until the first worker starts, of which the imports take about three."""
+FIRST_SECONDS = 5.0
+"""CPU seconds until the first worker starts, of which the imports take about half."""
 MOST_OVERHEAD = 0.5
 """Seconds a trial of study and tracking together."""
 

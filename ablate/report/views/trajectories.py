@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import polars as pl
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.lines import Line2D
 
 from ablate.config.endpoints import RESTORED
 from ablate.report.context import Context
@@ -30,17 +33,19 @@ def trajectories(c: Context) -> View:
     figure, axes = panels(len(c.shown))
     many = history["trial"].n_unique() > RUNS_AS_LINES
     for i, (ax, arm) in enumerate(zip(axes, c.shown, strict=True)):
-        for part in history.filter(pl.col("arm") == arm).partition_by("trial", maintain_order=True):
-            look: dict[str, Any] = {"linewidth": 1.3, "rasterized": many, "alpha": 0.3 if many else 1.0}
-            ax.plot(part["step"], part["n_eff_frac"], color="#0072b2", label="n_eff_frac", **look)
-            ax.plot(part["step"], part["dead_frac"], color="#d55e00", linestyle="--", label="dead_frac", **look)
+        runs = history.filter(pl.col("arm") == arm).partition_by("trial", maintain_order=True)
+        for name, colour, style in (("n_eff_frac", "#0072b2", "-"), ("dead_frac", "#d55e00", "--")):
+            look: dict[str, Any] = {"color": colour, "linestyle": style, "linewidth": 1.3}
+            if many:
+                _together(ax, [part.select("step", name).to_numpy() for part in runs], **look)
+            for part in [] if many else runs:
+                ax.plot(part["step"], part[name], **look)
         ax.axhline(RESTORED, color=MUTED, linewidth=0.8, linestyle=":")
         ax.set_title(wrap(c.labels[arm], 32))
         ax.set_ylim(-0.03, 1.03)
         if i == 0:
-            handles, _ = ax.get_legend_handles_labels()
             figure.legend(
-                handles[:2],
+                [Line2D([], [], color="#0072b2"), Line2D([], [], color="#d55e00", linestyle="--")],
                 ["n_eff_frac (effective leaves / L)", "dead_frac (share of leaves)"],
                 loc="outside upper center",
                 ncols=2,
@@ -55,3 +60,9 @@ def trajectories(c: Context) -> View:
         )
     )
     return view
+
+
+def _together(ax: Axes, lines: list[Any], **look: Any) -> None:
+    """Draw many lines [points, 2] as one picture: thousands of their own would take longer than all else."""
+    ax.add_collection(LineCollection(lines, rasterized=True, alpha=0.3, **look))
+    ax.autoscale_view()
