@@ -248,9 +248,16 @@ def _build(corpus: Corpus, root: Path, key: str, work: Path, out: Path, progress
     (out / "card.json").write_text(json.dumps(card, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _collect(corpus: Corpus, cache: Path, work: Path, progress: Progress) -> _Collected:
-    """Read the source once: drop empty texts and exact duplicates, give each document its split."""
+def _collect(
+    corpus: Corpus, cache: Path, work: Path, progress: Progress, held_out: bytes | None = None
+) -> _Collected:
+    """Read the source once: drop empty texts and exact duplicates, give each document its split.
+
+    Where chance gives validation nothing, the source is read again with the training document `held_out` in it: the one
+    of the lowest hash. A stream's source cannot spare one, for training reads it by the rule alone.
+    """
     found = _Collected()
+    lowest: bytes | None = None
     # 16 bytes of SHA-256 a document, about 100 bytes of memory: the one thing here that grows with the corpus.
     seen: set[bytes] = set()
     rows: list[tuple[str, str, str, int, str]] = []
@@ -276,7 +283,9 @@ def _collect(corpus: Corpus, cache: Path, work: Path, progress: Progress) -> _Co
             found.duplicates += 1
             continue
         seen.add(content[:16])
-        split = split_of(content, corpus)
+        split = "validation" if content[:16] == held_out else split_of(content, corpus)
+        if split == "train":
+            lowest = min(lowest or content[:16], content[:16])
         rows.append((content[:16].hex(), split, document.name, len(text), document.text))
         order.update(f"{rows[-1][0]} {split}\n".encode())
         found.documents[split] += 1
@@ -293,6 +302,8 @@ def _collect(corpus: Corpus, cache: Path, work: Path, progress: Progress) -> _Co
     progress("read", total, total)
     if not seen:
         raise ConfigError(f"corpus with source {corpus.source!r} is empty: no document with text in it")
+    if not found.documents["validation"] and found.documents["train"] > 1 and not corpus.stream:
+        return _collect(corpus, cache, work, progress, lowest)
     for split in ("train", "validation"):
         if not found.documents[split]:
             raise ConfigError(

@@ -18,6 +18,7 @@ from ablate.study.candidates import Candidates
 from ablate.study.designs import expand
 from ablate.study.engines import host
 from ablate.study.job import Event, Job
+from ablate.study.oom import oom_kills
 from ablate.study.phases import plan_of, queue_of
 from ablate.study.progress import Display
 from ablate.study.queue import Queue
@@ -58,6 +59,7 @@ class Session:
         self._running: set[str] = set()
         self._started = 0
         self._false_starts = 0
+        self._oom_kills = oom_kills()
 
     def run(self) -> None:
         """Run phase after phase, until all is done, a signal came, or the machine cannot go on."""
@@ -107,13 +109,17 @@ class Session:
     def _bury(self, name: str, code: int) -> None:
         """A worker has ended: free what it was running and start another where trials wait."""
         self._running.discard(name)
-        rescued = self.queue.rescue(name, fresh=self._ended())
+        starved = self._starved(code)
+        rescued = self.queue.rescue(name, fresh=starved or self._ended())
         if code != 0 and not self._stopping:
             how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with code {code}"
+            how = "was killed by the kernel, for memory ran out" if starved else how
             log = self.layout.state / "logs"
             goes_on = "; its trial goes on elsewhere" if any(retried for _, retried in rescued) else ""
             self.display.say(f"a worker {how}{goes_on} (log in {log})")
-            self._false_starts += not rescued
+            self._false_starts += not rescued and not starved
+        if starved:
+            self._make_room([trial for trial, _ in rescued])
         for trial, retried in rescued:
             if not retried and not self._stopping:
                 self.failed.append(f"trial {trial}: its worker died three times")
@@ -121,6 +127,25 @@ class Session:
             self.message = f"workers end before they start a trial; see {self.layout.state / 'logs'}"
         if not self._ended() and (demand := self.queue.demand()):
             self.engine.ensure(self.job, demand)
+
+    def _starved(self, code: int) -> bool:
+        """Whether a worker that ended with this code was ended by the kernel, as memory ran out."""
+        if code != -signal.SIGKILL or self._stopping or oom_kills() <= self._oom_kills:
+            return False
+        self._oom_kills += 1
+        return True
+
+    def _make_room(self, trials: list[str]) -> None:
+        """Memory ran out: go on with a worker less, or where there is one only, end this run; no trial is lost by it."""
+        if self.engine.workers > 1:
+            self.engine.workers -= 1
+            self.display.say(f"going on with {self.engine.workers} workers, for which there may be room")
+        else:
+            what = f" at trial {trials[0]}" if trials else ""
+            self.message = (
+                f"this machine could not go on: out of memory{what}, with one worker; free some or make it smaller, and "
+                "run the study again"
+            )
 
     def _stop(self) -> None:
         """Ask the workers to end, once; those that have not in time are ended, at a second signal at once."""

@@ -423,6 +423,19 @@ def test_empty_and_too_small_corpora(write: Write, tmp_path: Path) -> None:
     assert not [p for p in (tmp_path / "root").iterdir() if p.is_dir() and p.name != ".cache"]
 
 
+def test_a_few_documents_always_have_one_that_is_held_out(write: Write, tmp_path: Path) -> None:
+    corpus = write(count=0)
+    folder = Path(corpus.path or "")
+    texts = [text for text in (f"word {i}" for i in range(99)) if _split(text, corpus) == "train"][:5]
+    for i, text in enumerate(texts):
+        (folder / f"{i}.txt").write_text(text)
+    held = min(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
+    table = pl.read_parquet(prepare(corpus, tmp_path / "root").folder / "documents.parquet")
+    assert dict(zip(table["name"], table["split"], strict=True)) == {
+        f"{i}.txt": "validation" if text == held else "train" for i, text in enumerate(texts)
+    }
+
+
 def test_a_lone_surrogate_is_not_text(write: Write, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a \\ud800 b"}\n')
     told = fails(Corpus(source="files", path=str(tmp_path / "a.jsonl")), tmp_path / "root")

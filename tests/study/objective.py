@@ -192,6 +192,17 @@ def whole(
     )
 
 
+def greedy(
+    trial: Trial, *, data_root: Path, folder: Path, observer: Observer | None, threads: int | None
+) -> TrialResult:
+    """The same; one trial takes all the memory that there is, in small pieces, so that the kernel has to end it."""
+    taken = []
+    if trial.tree.mirror == 1 and trial.tree.placement == "tree" and trial.init_seed == 1:
+        for _ in range(4096):
+            taken.append(b"x" * (1 << 20))
+    return descend(trial, data_root=data_root, folder=folder, observer=observer, threads=threads)
+
+
 def sick(trial: Trial, *, data_root: Path, folder: Path, observer: Observer | None, threads: int | None) -> TrialResult:
     """Fails for one arm, always; kills its own process the first time for another; diverges for a third."""
     if trial.tree.mirror == 1 and trial.tree.placement == "tree":

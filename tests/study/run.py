@@ -24,9 +24,11 @@ def main() -> int:
         tracker = MlflowTracker(tracking)
     try:
         study = objective.study(**json.loads(settings))
-        return run_study(
-            study, Path(root), workers=int(workers), run=getattr(objective, run), tracker=tracker
-        ).exit_code
+        outcome = run_study(study, Path(root), workers=int(workers), run=getattr(objective, run), tracker=tracker)
+        print(f"{outcome.done} of {outcome.total} trials done. {outcome.message}".rstrip())
+        for failure in outcome.failed:
+            print(f"ablate: failed: {failure}", file=sys.stderr)
+        return outcome.exit_code
     except ConfigError as error:
         print(f"ablate: {error}", file=sys.stderr)
         return 2
