@@ -426,13 +426,13 @@ def test_empty_and_too_small_corpora(write: Write, tmp_path: Path) -> None:
 def test_a_few_documents_always_have_one_that_is_held_out(write: Write, tmp_path: Path) -> None:
     corpus = write(count=0)
     folder = Path(corpus.path or "")
-    texts = [text for text in (f"word {i}" for i in range(99)) if _split(text, corpus) == "train"][:5]
-    for i, text in enumerate(texts):
-        (folder / f"{i}.txt").write_text(text)
-    held = min(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
+    words = [word for word in (f"word {i}" for i in range(99)) if _split(word, corpus) == "train"][:5]
+    for i, word in enumerate(words):
+        (folder / f"{i}.txt").write_text(word)
+    held = min(words, key=lambda word: hashlib.sha256(word.encode()).digest())
     table = pl.read_parquet(prepare(corpus, tmp_path / "root").folder / "documents.parquet")
     assert dict(zip(table["name"], table["split"], strict=True)) == {
-        f"{i}.txt": "validation" if text == held else "train" for i, text in enumerate(texts)
+        f"{i}.txt": "validation" if word == held else "train" for i, word in enumerate(words)
     }
 
 
