@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,8 +15,12 @@ from hypothesis import strategies as st
 from ablate.config import ConfigError, Section, Study, Trial, load_study, parse
 from ablate.config.settings import Corpus, Dense, Mixture, Model, Questions, Train, Tree
 from ablate.config.text import DEEPEST, load_json, load_yaml
+from ablate.model.memory import check_memory, least_bytes, machine_bytes
+from ablate.model.size import step_memory
 from ablate.study.designs import expand
+from ablate.study.forecast import forecast
 from ablate.study.records import plan_document
+from ablate.study.runner import run_study
 from ablate.study.samplers import key_of
 from ablate.study.space import Space
 
@@ -329,3 +334,49 @@ def test_a_vocabulary_that_would_end_the_process_is_refused(field: str, tmp_path
 def test_what_is_accepted_can_be_written_down(tmp_path: Path) -> None:
     plan = expand(load(tmp_path, BASE + GRID + 'title: "naïve ∑ 🌳"\nnotes: |\n  two\n  lines\n'))
     assert plan_document(plan)["title"] == "naïve ∑ 🌳"
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ("model: {d_model: 1048576, heads: 1}", "for parameters"),
+        ("model: {blocks: 1000000}", "for parameters"),
+        ("tree: {trees: 1048576}", "for parameters"),
+        ("tree: {leaf_width: 1048576}", "for parameters"),
+        ("train: {batch_size: 1000000000}", "for a micro-batch"),
+        ("train: {batch_size: 1000000, accumulate: 2}, model: {context: 1048576}", "for a micro-batch"),
+    ],
+)
+@pytest.mark.parametrize("verb", [forecast, run_study])
+def test_a_trial_that_fits_no_machine_is_refused_before_any_work(
+    verb: Callable[[Study, Path], object], settings: str, part: str, tmp_path: Path
+) -> None:
+    study = load(tmp_path, f"base: {{{settings}}}\n{GRID}")
+    began = time.process_time()
+    with pytest.raises(ConfigError, match=r"mirror=\d needs at least [\d,.]+ GiB of memory") as error:
+        verb(study, tmp_path / "project")
+    assert part in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "project").exists()
+    assert time.process_time() - began < 2
+
+
+def test_the_least_memory_is_less_than_what_a_step_is_measured_to_take() -> None:
+    for changes in (
+        {},
+        {"model.d_model": 256},
+        {"model.feedforward": "dense"},
+        {"train.activation_checkpointing": True},
+    ):
+        trial = parse(Study, {"name": "s", "factors": {"tree.mirror": [0]}}).trial(changes)
+        again, count = trial.train.activation_checkpointing, trial.train.batch_size
+        needs = step_memory(trial, trial.corpus.vocab_size, sequences=count, checkpointing=again, precision="bf16")
+        assert 0.2 * needs.peak < sum(least_bytes(trial)) <= needs.peak, changes
+
+
+def test_as_many_workers_as_fit(tmp_path: Path) -> None:
+    trial = parse(Study, {"name": "s", "factors": {"tree.mirror": [0]}}).trial({})
+    workers = machine_bytes()[0] // sum(least_bytes(trial))
+    check_memory([("one", trial)], workers)
+    with pytest.raises(ConfigError, match=f"workers is {2 * workers}: one needs at least"):
+        check_memory([("one", trial)], 2 * workers)
