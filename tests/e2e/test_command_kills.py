@@ -104,7 +104,7 @@ def test_killed_commands_give_the_same_bytes_when_called_again(tmp_path: Path, f
     (root / "studies" / "tiny.yaml").write_text(TINY)
     lasts = {command: run(root, command) for command in COMMANDS}
     before, results = content(root), trials(root)
-    wanted, landed = math.ceil(KILLS * SHARES["commands"]), []
+    wanted, landed = math.ceil(KILLS * SHARES["commands"]), list[str]()
     deck = [(command, whom) for command in COMMANDS for whom in WHOM]
     while len(landed) < wanted:
         for command, whom in generator.sample(deck, min(len(deck), wanted - len(landed))):
