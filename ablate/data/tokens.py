@@ -248,9 +248,7 @@ def _build(corpus: Corpus, root: Path, key: str, work: Path, out: Path, progress
     (out / "card.json").write_text(json.dumps(card, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _collect(
-    corpus: Corpus, cache: Path, work: Path, progress: Progress, held_out: bytes | None = None
-) -> _Collected:
+def _collect(corpus: Corpus, cache: Path, work: Path, progress: Progress, held_out: bytes | None = None) -> _Collected:
     """Read the source once: drop empty texts and exact duplicates, give each document its split.
 
     Where chance gives validation nothing, the source is read again with the training document `held_out` in it: the one
