@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from typing import Any
 
 COLLECT_AFTER = 10_000
@@ -42,6 +43,7 @@ def out_of_reach() -> Iterator[None]:
 
     From their first moment, as a handler of their own, which is set after imports, could not.
     """
+    resource_tracker.ensure_running()  # The first process to be started would start it, and it lets signals in again.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
