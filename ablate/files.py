@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PARTIAL = ".partial"
@@ -26,6 +26,7 @@ _WORDS = (
     "readonly database",
     "unable to open database",
 )
+_unfinished: set[Path] = set()
 _NUMBER = re.compile(r"\(os error (\d+)\)")  # polars and other libraries in Rust
 
 
@@ -37,6 +38,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _beside(path)
+    _unfinished.add(partial)
     try:
         yield partial
         with partial.open("rb+") as file:
@@ -44,6 +46,7 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+        _unfinished.discard(partial)
 
 
 @contextmanager
@@ -52,12 +55,14 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     partial = _beside(path)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    _unfinished.add(partial)
     try:
         yield partial
         shutil.rmtree(path, ignore_errors=True)
         partial.replace(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        _unfinished.discard(partial)
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -77,7 +82,18 @@ def working_folder(folder: Path, name: str) -> Path:
     made = folder / f".{name}.{os.getpid()}{PARTIAL}"
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir(parents=True)
+    _unfinished.add(made)
     return made
+
+
+def drop_unfinished() -> None:
+    """Remove what this process has half written; for one that ends without going through its blocks' ends."""
+    for partial in list(_unfinished):
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
 
 
 def stale_folders(folder: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import sys
@@ -79,7 +80,7 @@ def run() -> NoReturn:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "true")
     mask_output()
-    code = 0
+    code, stopped = 0, False
     try:
         with stopping():
             app()
@@ -87,6 +88,7 @@ def run() -> NoReturn:
         code = _say(str(error), 2)
     except Stopped as stop:
         code = _say(f"{stop}; what was finished is kept, call the command again and it goes on", 128 + stop.number)
+        stopped = True
     except BrokenPipeError:  # `| head` has seen enough
         code = _silent(141)
     except (OSError, MemoryError) as error:
@@ -101,6 +103,9 @@ def run() -> NoReturn:
         code = _silent(141)
     except OSError as error:
         code = _silent(_say(f"the output could not be written: {described(error)}", 1))
+    if stopped:  # Python would wait for threads and take modules apart, which lasts seconds.
+        atexit._run_exitfuncs()
+        os._exit(code)
     sys.exit(code)
 
 

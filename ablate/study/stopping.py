@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from ablate.files import drop_unfinished
+
 SECONDS = 4.0
 """How long a command has to end in good order where it trains nothing."""
 TRAINING_SECONDS = 14.0
@@ -111,9 +113,10 @@ class Stops:
 
 
 def end_now(number: int, why: str) -> None:
-    """End this process and those that it started, without waiting for anything."""
+    """End this process and those that it started, without waiting for anything; what is half written goes."""
     for child in multiprocessing.active_children():
         child.kill()
+    drop_unfinished()
     try:
         sys.stderr.write(f"ablate: ended at once ({why}); what was finished is kept, call the command again\n")
         sys.stderr.flush()

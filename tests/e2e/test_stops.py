@@ -159,10 +159,11 @@ def stopped(command: list[str], root: Path, at: float, number: int, *, after: st
     return stop
 
 
-def check(stop: Stop, most: float, codes: set[int]) -> list[str]:
-    """What is wrong with how a command ended."""
+def check(stop: Stop, most: float, codes: set[int], said: str = "") -> list[str]:
+    """What is wrong with how a command ended; `said` is its last line where nobody stops it, and then it was done."""
     wrong = []
-    if not stop.ended and not stop.interpreter:
+    done = stop.code == 0 and said != "" and stop.output.splitlines()[-1:] == [said]
+    if not stop.ended and not stop.interpreter and not done:
         if stop.code not in codes:
             wrong.append(f"code {stop.code}")
         if stop.code == 128 + stop.number and not stop.line and codes == {128 + stop.number}:
@@ -245,5 +246,7 @@ def test_every_command_ends_in_seconds_at_random_moments(name: str, busy: Path, 
         if name == "study run":
             shutil.rmtree(root / "results" / "long", ignore_errors=True)
     print(row(name, stops))
-    wrong = [(s.at, check(s, TRAINING_SECONDS if name in TRAINING else IDLE_SECONDS, codes)) for s in stops]
+    most = TRAINING_SECONDS if name in TRAINING else IDLE_SECONDS
+    said = whole.output.splitlines()[-1] if whole.ended and whole.output else ""
+    wrong = [(s.at, check(s, most, codes, said)) for s in stops]
     assert [w for w in wrong if w[1]] == []
