@@ -68,7 +68,7 @@ def _start(
     pass
 
 
-def run() -> NoReturn:
+def run(work: Callable[[], object] = app) -> NoReturn:
     """Run what was asked for: what a user can mend is one line on stderr and exit code 2, the machine's faults exit code 1.
 
     SIGINT and SIGTERM end every command in seconds, with one line and exit code 128 + their number.
@@ -83,7 +83,7 @@ def run() -> NoReturn:
     code, stopped = 0, False
     try:
         with stopping():
-            app()
+            work()
     except ConfigError as error:
         code = _say(str(error), 2)
     except Stopped as stop:

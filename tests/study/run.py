@@ -9,9 +9,15 @@ from pathlib import Path
 from ablate.cli import early
 
 
-def main() -> int:
+def main() -> None:
     early.answer("stopped before anything was done")  # as the command does, whose imports these are
-    from ablate.config import ConfigError
+    from ablate.cli.common import run
+
+    early.answer("stopped; what was finished is kept")
+    run(study)
+
+
+def study() -> None:
     from ablate.study.runner import run_study
     from tests.study import objective
 
@@ -22,17 +28,15 @@ def main() -> int:
         from ablate.tracking.tracker import MlflowTracker
 
         tracker = MlflowTracker(tracking)
-    try:
-        study = objective.study(**json.loads(settings))
-        outcome = run_study(study, Path(root), workers=int(workers), run=getattr(objective, run), tracker=tracker)
-        print(f"{outcome.done} of {outcome.total} trials done. {outcome.message}".rstrip())
-        for failure in outcome.failed:
-            print(f"ablate: failed: {failure}", file=sys.stderr)
-        return outcome.exit_code
-    except ConfigError as error:
-        print(f"ablate: {error}", file=sys.stderr)
-        return 2
+    found = objective.study(**json.loads(settings))
+    outcome = run_study(found, Path(root), workers=int(workers), run=getattr(objective, run), tracker=tracker)
+    print(f"{outcome.done} of {outcome.total} trials done. {outcome.message}".rstrip())
+    if outcome.signal is not None:
+        print("ablate: stopped", file=sys.stderr)
+    for failure in outcome.failed:
+        print(f"ablate: failed: {failure}", file=sys.stderr)
+    sys.exit(outcome.exit_code)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
