@@ -132,10 +132,13 @@ def machine_fault(error: BaseException | None) -> bool:
 def described(error: BaseException) -> str:
     """Return what a machine could not do, in one line: the file and the system's words, where there are any."""
     found: BaseException | None = error
+    said = ""
     while found is not None and not isinstance(found, OSError | MemoryError):
+        line = next(iter(str(found).splitlines()), "")
+        said = line if any(words in line.lower() for words in _WORDS) else said
         found = found.__cause__ or found.__context__
     if isinstance(found, OSError) and found.strerror:
         return f"{found.strerror}: {found.filename!r}" if found.filename is not None else found.strerror
     if isinstance(found, MemoryError):
         return "out of memory"
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
+    return said or next(iter(str(error).splitlines()), "") or type(error).__name__

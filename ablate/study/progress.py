@@ -133,13 +133,12 @@ class Display:
                 )
             elif event.status == "diverged":
                 self.say(f"{label}: diverged")
-        elif event.kind in {"failed", "retried", "lost", "fatal"}:
+        elif event.kind in {"failed", "retried", "lost"}:  # what is fatal ends the study, which says it once
             self._failures += event.kind == "failed"
             what = {
                 "failed": "failed",
                 "retried": "failed, will be tried again",
                 "lost": "a worker ended",
-                "fatal": "stopped",
             }[event.kind]
             self.say(f"{label}: {what}: {event.message}" if event.arm else f"{what}: {event.message}")
         if self.console.is_terminal and time.monotonic() - self._shown > 0.2:

@@ -100,7 +100,7 @@ class Session:
         else:
             self._running.discard(event.worker)
         if event.kind == "fatal":
-            self.message = event.message
+            self.message = self.message or event.message  # of several workers the first
         elif event.kind == "failed":
             self.failed.append(f"{event.arm}, seed {event.seed}: {event.message}")
         elif event.kind == "finished":
