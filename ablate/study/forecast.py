@@ -14,6 +14,7 @@ import numpy as np
 
 from ablate.config import Study, Trial
 from ablate.config.tune import Trace
+from ablate.model.memory import check_memory
 from ablate.results.index import Finished, index
 from ablate.results.layout import Layout
 from ablate.study.address import default_storage, sqlite_path
@@ -73,6 +74,7 @@ def forecast(
     known, _ = traces(study, layout)
     plan = expand(study, known)
     phases, perhaps = to_do(plan, known, layout)
+    check_memory(((one.arm, trial) for phase in phases for one in phase for trial in one.trials), workers)
     costs, start = dict[str, Cost](), Start(0.0, 0.0)
     if shapes := shapes_of(phases):
         chosen = ends(shapes)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import gc
-import multiprocessing
 import shutil
-import tempfile
 import time
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import mean, median
 
 from ablate.config import Questions, Trial
+from ablate.files import working_folder
 from ablate.study.engines import THREAD_VARIABLES, available_cpus, environment
 from ablate.study.tracker import Tracker
-from ablate.training.lifeline import COLLECT_AFTER
+from ablate.training.lifeline import out_of_reach, processes
 from ablate.training.result import Evaluation
 
 PROBE_STEPS = 20
@@ -76,9 +73,7 @@ def measure(
 
     data_card(next(iter(shapes.values())), data_root)
     threads = max(1, available_cpus() // workers)
-    scratch = root / "state" / "probes"
-    scratch.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=scratch))
+    folder = working_folder(root / "state" / "probes", "probe")
     # A single shape is probed in every worker's place at once: workers slow each other down.
     copies = workers if len(shapes) < workers else 1
     jobs = [
@@ -87,14 +82,10 @@ def measure(
         for copy in range(copies)
     ]
     try:
-        # Not a multiprocessing.Pool: its processes may not have children, which a trial on several devices needs.
-        with (
-            environment(dict.fromkeys(THREAD_VARIABLES, str(threads))),
-            ProcessPoolExecutor(
-                workers, multiprocessing.get_context("spawn"), gc.set_threshold, (COLLECT_AFTER,)
-            ) as pool,
-        ):
-            answers = list(pool.map(_probe, jobs))
+        with processes(workers) as pool:
+            with environment(dict.fromkeys(THREAD_VARIABLES, str(threads))), out_of_reach():
+                probing = pool.map(_probe, jobs)
+            answers = list(probing)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     costs = [cost for cost, _ in answers]
