@@ -106,3 +106,20 @@ def test_plots_are_drawn_without_a_network(finished: Path, tmp_path: Path) -> No
     assert errors == []
     assert [url for url in asked if not url.startswith("file:")] == []
     assert {"other: quality over training", "optimizer step", "centred vs sign", "n_eff_frac, difference"} <= {*shown}
+
+
+def test_what_python_keeps_beside_code_makes_no_stage_run_again(tmp_path: Path) -> None:
+    """Commands that import more of the code than the stage did must not look like a change of it."""
+    folder = make_project(tmp_path / "project", {"mine": TINY}, git=False)
+    (folder / "dvc.yaml").unlink()
+    (folder / "ablate").unlink()
+    package = folder / "ablate" / "analysis"
+    package.mkdir(parents=True)
+    (package / "one.py").write_text("ONE = 1\n")
+    dvc(folder, "stage", "add", "-q", "--run", "-n", "analyse", "-d", "ablate/analysis", "-O", "said", "date > said")
+    cache = package / "__pycache__"
+    cache.mkdir()
+    (cache / "one.cpython-311.pyc").write_bytes(b"compiled")
+    assert "Data and pipelines are up to date." in dvc(folder, "repro")
+    (package / "two.py").write_text("TWO = 2\n")
+    assert "Running stage 'analyse'" in dvc(folder, "repro")

@@ -51,7 +51,8 @@ def make_project(folder: Path, studies: dict[str, str], *, git: bool) -> Path:
     """A checkout's pipeline with studies of its own."""
     folder.mkdir(parents=True)
     (folder / "ablate").symlink_to(ROOT / "ablate")
-    shutil.copy(ROOT / "dvc.yaml", folder)
+    for name in ("dvc.yaml", ".dvcignore"):
+        shutil.copy(ROOT / name, folder)
     (folder / "studies").mkdir()
     for name, text in studies.items():
         (folder / "studies" / f"{name}.yaml").write_text(text)
