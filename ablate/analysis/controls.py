@@ -40,24 +40,38 @@ def pairs(tables: Tables, order: list[str]) -> list[Pair]:
 
     The mixture of experts has the dense section's activation and is listed with the arms.
     """
-    rows = tables.evaluation().unique("arm", keep="first", maintain_order=True)
-    configs = {row["arm"]: json.loads(row["config"] or "{}") for row in rows.iter_rows(named=True)}
-    known = controls(tables)
+    configs, known = _configs(tables), controls(tables)
     own: dict[Activation, dict[str, str]] = {}
     for name in known:
         base, _, other = name.partition(" ")
         if other:
             own.setdefault(_activation(configs[name].get("dense", {})), {})[base] = name
     out = []
-    for arm in order:
-        if arm in known and arm != "moe":
-            continue
+    for arm in [*comparable(tables, [a for a in order if a not in known]), *(a for a in order if a == "moe")]:
         if {TOTAL, ACTIVE} <= known:
             out.append(Pair(arm, TOTAL, ACTIVE, own=False))
         mine = {} if arm == "moe" else own.get(_activation(configs[arm].get("tree", {})), {})
         if mine.keys() >= {TOTAL, ACTIVE}:
             out.append(Pair(arm, mine[TOTAL], mine[ACTIVE], own=True))
     return out
+
+
+def comparable(tables: Tables, arms: list[str]) -> list[str]:
+    """Return the arms with trees that learn what the controls learn: others do not compare with them."""
+    configs = _configs(tables)
+    tasks = [configs[name].get("task") for name in controls(tables)]
+    return [
+        arm
+        for arm in arms
+        if configs[arm].get("model", {}).get("feedforward", "tree") == "tree"
+        and (not tasks or configs[arm].get("task") in tasks)
+    ]
+
+
+def _configs(tables: Tables) -> dict[str, dict[str, Any]]:
+    """Each arm's settings, those of its first trial."""
+    rows = tables.evaluation().unique("arm", keep="first", maintain_order=True)
+    return {row["arm"]: json.loads(row["config"] or "{}") for row in rows.iter_rows(named=True)}
 
 
 def _activation(section: dict[str, Any]) -> Activation:

@@ -96,7 +96,7 @@ def plan(tables: Tables, runs: Runs, gap: dict[str, Any] | None) -> list[Family]
     cost = [c for c in named if c.claim == "matches" and not _balance(c.endpoint)]
     measured = [e for e in margins if any(endpoint == e for _, endpoint in runs.values)]
     against = [Comparison(a, reference, e, "differs", margins[e]) for a in grid for e in measured if reference]
-    trees = [a for a in [reference, *grid] if a]
+    trees = controls.comparable(tables, [a for a in [reference, *grid] if a])
     return [
         ("confirm", "holm", "contrasts named in the study before the first trial", [c for c in named if c not in cost]),
         (

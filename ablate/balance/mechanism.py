@@ -8,6 +8,7 @@ ROC curve on each held-out seed. The seed is the unit: its rows are anything but
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 
@@ -25,6 +26,9 @@ MIN_SHARE = 0.1
 """Both sides of a node have at least this share of its tokens when the prediction is made."""
 LOST_SHARE = 0.01
 """A side is lost where its share at the last evaluation is under this."""
+
+ROUNDING = 1e-9
+"""A standard error under this share of its coefficient is rounding."""
 
 BASE = ("log_share", "log_traffic", "level", "offset", "fuller")
 """What the prediction without skew may use."""
@@ -109,7 +113,7 @@ class SkewPrediction:
     coefficient: float
     """Log odds of losing a side, per standard deviation of skew towards it, fitted on all seeds."""
     coefficient_error: float
-    """Its standard error, clustered by seed."""
+    """Its standard error, clustered by seed; NaN where the seeds leave none."""
     rows: int
     lost: int
 
@@ -147,6 +151,7 @@ def predict(rows: pl.DataFrame) -> SkewPrediction:
         fit = sm.GLM(lost.astype(float), sm.add_constant(x, has_constant="add"), sm.families.Binomial()).fit(
             cov_type="cluster", cov_kwds={"groups": seeds}
         )
+    coefficient, error = float(fit.params[-1]), float(fit.bse[-1])
     return SkewPrediction(
         seeds=tuple(used),
         auc_base=tuple(without.tolist()),
@@ -154,8 +159,9 @@ def predict(rows: pl.DataFrame) -> SkewPrediction:
         gain=float(gains.mean()),
         interval=(float(gains.mean()) - half, float(gains.mean()) + half),
         p=p,
-        coefficient=float(fit.params[-1]),
-        coefficient_error=float(fit.bse[-1]),
+        coefficient=coefficient,
+        # Few clusters whose scores cancel leave an error of rounding alone: it is unknown, not 0.
+        coefficient_error=error if error > ROUNDING * abs(coefficient) else math.nan,
         rows=len(rows),
         lost=int(lost.sum()),
     )

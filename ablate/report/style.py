@@ -181,8 +181,9 @@ def assign(tables: Tables, order: list[str], labels: dict[str, str]) -> Styles:
                 legend.append((labels[a], arms[a]))
     named = [a for a in order if a not in arms and rows[a]["kind"] != "control"]
     for i, a in enumerate(named):
-        # Marks from the far end, so that they differ from the grid's.
-        arms[a] = ArmStyle(INK if i == 0 else COLOURS[(7 - i) % 8], (7 - i) % 8, True)
+        # Marks from the far end, so that they differ from the grid's; after eight, other marks in the same colours, hollow in turn.
+        turn = i // 8
+        arms[a] = ArmStyle(INK if i == 0 else COLOURS[(7 - i) % 8], (7 - i + 3 * turn) % 8, turn % 2 == 0, turn % 4)
         legend.append((labels[a], arms[a]))
     for i, a in enumerate(a for a in order if rows[a]["kind"] == "control"):
         arms[a] = ArmStyle(INK if i < 6 else MUTED, (5, 6, 7)[i % 3], i % 6 < 3, 1 + i % 3)

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from ablate.analysis.capacity import capacity
+from ablate.analysis.findings import compute
 from ablate.analysis.frames import load
 from ablate.config.endpoints import ACCURACY, KBIT_STORED
 from ablate.report.build import build
@@ -43,7 +44,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "endpoint": "kbit_stored",
         }
     ]
-    write_study(root, arms=arms, contrasts=contrasts, controls=False, tune=False, diverged=False, usage=0, seeds=(0, 1))
+    write_study(root, arms=arms, contrasts=contrasts, controls=True, tune=False, diverged=False, usage=0, seeds=(0, 1))
     file = root / "studies/demo.yaml"
     study = yaml.safe_load(file.read_text())
     file.write_text(yaml.safe_dump({**study, "preset": "facts", "margin": 1}))
@@ -55,6 +56,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         count = int(settings.get("task.facts", 8192))
         config["task"] = {"kind": "facts", "facts": count}
         config["tree"] = {"router": settings.get("tree.router", "tied")}
+        config["model"] = {"feedforward": "dense" if row["kind"] == "control" else "tree"}
         config["init_seed"] = config["data_seed"] = row["seed"]
         known = accuracy(row["arm"].partition(",")[0], count, row["seed"]) if "," in row["arm"] else 0.2
         row |= {
@@ -103,3 +105,10 @@ def test_the_report_has_a_section_on_capacity_and_studies_of_text_have_none(root
     assert {p.stem for p in (root / "out/demo/figures").glob("*.svg")} >= {"capacity", "capacity_balance"}
     write_study(tmp_path, usage=0)
     assert capacity(load("demo", tmp_path), load("demo", tmp_path).trials, {}) == []
+
+
+def test_only_trees_that_learn_as_many_facts_as_the_controls_are_compared_with_them(root: Path) -> None:
+    data = compute(load("demo", root))
+    compared = {f["arm"] for f in data["findings"] if f["family"] == "dense"}
+    assert compared == {"reference", "alone"}
+    assert {r["arm"] for r in data["recovered"]} == {"reference", "alone"}

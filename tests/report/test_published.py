@@ -100,7 +100,7 @@ def test_what_is_not_published_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize("page", ["README.md", "reports/README.md"])
 def test_every_interval_and_its_verdict_in_prose_is_a_published_finding(page: str) -> None:
     text = " ".join((SHIPPED / page).read_text(encoding="utf-8").split())
-    interval = r"([+-]\d\.\d+) \(([+-]\d\.\d+) to ([+-]\d\.\d+)"
+    interval = r"([+-]\d+\.\d+) \(([+-]\d+\.\d+) to ([+-]\d+\.\d+)"
     claims = re.findall(interval + r"(?:\)? ?[|(,] ?(supported|refuted|inconclusive))?", text)
     assert claims
     known = [

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import polars as pl
 import pytest
 
 from ablate.analysis.frames import load
 from ablate.report import views
+from ablate.report.parts import View
 from ablate.report.style import assign
 from ablate.report.tables import columns
+from ablate.report.views.verdicts import forest
 from ablate.results.record import Kind
 from tests.report.synthetic import write_study
 
@@ -49,3 +51,25 @@ def test_arms_of_every_kind_are_drawn(kind: str, tmp_path: Path) -> None:
     tables = load("demo", tmp_path)
     arms = tables.trials["arm"].unique(maintain_order=True).to_list()
     assert assign(tables, arms, {a: a for a in arms}).arms.keys() == set(arms)
+
+
+def test_named_arms_have_marks_of_their_own(tmp_path: Path) -> None:
+    arms = {f"arm {i}": {"tree.depth": i + 1} for i in range(14)}
+    contrast = {"arm": "arm 0", "endpoint": "bpb", "claim": "matches", "margin": 0.01}
+    write_study(tmp_path, arms=arms, contrasts=[contrast], controls=False, tune=False, diverged=False, usage=0)
+    order = ["reference", *arms]
+    found = assign(load("demo", tmp_path), order, {a: a for a in order}).arms
+    assert len({(style.colour, style.marker, style.filled) for style in found.values()}) == 15
+
+
+def test_every_effect_is_in_the_picture_of_verdicts() -> None:
+    def row(effect: float, reach: float) -> dict[str, Any]:
+        side = {"arm_label": f"arm {effect}", "reference_label": "reference", "verdict": "supported", "margin": 1.0}
+        return {**side, "effect": effect, "interval": [effect - reach, effect + reach]}
+
+    view = View("verdicts", "", "")
+    effects = [-3.0, 0.5, 1.0, 24.5]
+    forest(view, "kbit_stored", [row(e, 0.2) for e in effects] + [row(0.0, 500.0)])
+    low, high = view.figures[0][2].axes[0].get_xlim()
+    assert low < -3
+    assert 24.5 < high < 100, "one wide interval is cut"

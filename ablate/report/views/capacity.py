@@ -45,11 +45,11 @@ def capacity(c: Context) -> View:
 
 
 def _against_facts(view: View, curves: list[dict[str, Any]], styles: dict[str, ArmStyle]) -> None:
-    """Bits stored over N on two logarithmic axes; a layer that stores everything lies on the dotted line."""
+    """Bits stored over N on a logarithmic axis."""
     figure = new(7.2, 4.4)
     ax = figure.subplots()
     for curve in curves:
-        style, points = styles[curve["curve"]], [p for p in curve["points"] if p[KBIT_STORED.name] > 0]
+        style, points = styles[curve["curve"]], curve["points"]
         x = [p["facts"] for p in points]
         ax.fill_between(
             x, [p["low"] for p in points], [p["high"] for p in points], color=style.colour, alpha=0.15, linewidth=0
@@ -57,7 +57,7 @@ def _against_facts(view: View, curves: list[dict[str, Any]], styles: dict[str, A
         dash: Any = DASHES[style.dash]
         ax.plot(x, [p[KBIT_STORED.name] for p in points], linestyle=dash, linewidth=1.3, markersize=5, **mark(style))
     ax.set_xscale("log", base=2)
-    ax.set_yscale("log")
+    ax.set_ylim(bottom=0)
     ax.set_xlabel("N, facts to store")
     ax.set_ylabel(KBIT_STORED.label)
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")

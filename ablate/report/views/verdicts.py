@@ -68,7 +68,7 @@ def verdicts(c: Context) -> View:
     for endpoint in judged(c.tables.study):
         shown = sorted((f for f in main if f["endpoint"] == endpoint and f["effect"] is not None), key=_importance)
         if shown:
-            _forest(view, endpoint, shown)
+            forest(view, endpoint, shown)
     return view
 
 
@@ -173,7 +173,8 @@ def gate(gap: dict[str, Any], of: Endpoint) -> str:
     )
 
 
-def _forest(view: View, endpoint: str, shown: list[dict[str, Any]]) -> None:
+def forest(view: View, endpoint: str, shown: list[dict[str, Any]]) -> None:
+    """Add the picture of differences in an endpoint with their intervals, the first of `shown` on top."""
     rows = shown[:FOREST][::-1]
     figure = new(NARROW, 0.42 * len(rows) + 1.4)
     ax = figure.subplots()
@@ -184,9 +185,10 @@ def _forest(view: View, endpoint: str, shown: list[dict[str, Any]]) -> None:
         colour, shape = VERDICT_COLOUR[f["verdict"]], VERDICT_MARK[f["verdict"]]
         ax.plot(f["interval"], [i, i], color=colour, linewidth=1.6)
         ax.plot(f["effect"], i, shape, color=colour, markersize=6)
-    # A hopeless interval must not flatten the others.
+    # A hopeless interval must not flatten the others, but every effect is in the picture.
     reach = np.array([np.abs([f["effect"], *f["interval"]]).max() for f in rows])
-    usual = max(float(np.median(reach)) * 4, 3 * margin)
+    effects = max(abs(f["effect"]) for f in rows)
+    usual = max(float(np.median(reach)) * 4, 3 * margin, 1.1 * effects)
     if reach.max() > usual:
         ax.set_xlim(-usual, usual)
     rows_above(ax, [versus(f["arm_label"], f["reference_label"]) for f in rows])
