@@ -50,7 +50,8 @@ def publish(name: str, root: Path) -> Path:
         kept = place / "kept" / DATA
         kept.mkdir(parents=True)
         shutil.copyfile(root / "studies" / f"{name}.yaml", kept / "study.yaml")
-        for path in (plan, *sorted(tables.glob("*.parquet"))):
+        filled = [p for p in sorted(tables.glob("*.parquet")) if pl.scan_parquet(p).head(1).collect().height]
+        for path in (plan, *filled):  # a table without rows says no more than one that is not there
             shutil.copyfile(path, kept / path.name)
         if usage is not None:
             usage.write_parquet(kept / USAGE, compression_level=COMPRESSION)

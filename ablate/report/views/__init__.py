@@ -35,7 +35,6 @@ from ablate.report.views.verdicts import verdicts
 VIEWS: list[Callable[[Context], View]] = [
     verdicts,
     pareto,
-    capacity,
     balance_story,
     controls,
     main_effects,
@@ -55,6 +54,9 @@ VIEWS: list[Callable[[Context], View]] = [
     provenance,
 ]
 """In the order a reader asks."""
+
+FACTS_VIEWS = [*VIEWS[:2], capacity, *VIEWS[2:]]
+"""Those of a study that varies how many facts a layer has to store."""
 
 SEARCH_VIEWS: list[Callable[[Context], View]] = [
     candidates,
@@ -77,6 +79,6 @@ SEARCH_VIEWS: list[Callable[[Context], View]] = [
 
 
 def sections(c: Context) -> list[View]:
-    """Return the sections of a study's report; a search has sections of its own, and only facts have a capacity."""
-    views = SEARCH_VIEWS if c.findings["design"] == "search" else VIEWS
-    return [view(c) for view in views if view is not capacity or "capacity" in c.findings]
+    """Return the sections of a study's report; a search has sections of its own."""
+    usual = FACTS_VIEWS if "capacity" in c.findings else VIEWS
+    return [view(c) for view in (SEARCH_VIEWS if c.findings["design"] == "search" else usual)]
