@@ -14,6 +14,7 @@ import pytest
 from ablate.config import ConfigError
 from ablate.report.build import build
 from ablate.report.published import publish, published, redraw
+from ablate.results.columns import MOTION_TABLE_SCHEMA
 from tests.report.synthetic import write_study
 
 SHIPPED = Path(__file__).parents[2]
@@ -21,6 +22,8 @@ SHIPPED = Path(__file__).parents[2]
 
 def test_drawn_again_from_what_is_kept_alone(tmp_path: Path) -> None:
     write_study(tmp_path, factors={"tree.mirror": [0.0, 1.0]}, controls=False, tune=False, usage=1, diverged=False)
+    none = pl.DataFrame(schema=MOTION_TABLE_SCHEMA)  # no trial recorded motion, so git does not keep it
+    none.write_parquet(tmp_path / "tables/demo/motion.parquet")
     kept = publish("demo", tmp_path)
     assert {p.name for p in kept.iterdir()} == {
         "study.yaml",
