@@ -220,8 +220,8 @@ def test_a_damaged_parquet_is_documents_or_one_line(place: int, value: int, cut:
 def test_suffixes_count_in_any_case_and_packed_by_gzip(tmp_path: Path) -> None:
     (tmp_path / "A.TXT").write_bytes("﻿grüße\r\n".encode())
     (tmp_path / "b.JsonL").write_text('{"text": "lines"}\r\n\r\n{"text": null}\r\n')
-    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(b'{"text": "packed lines"}\n'))
-    (tmp_path / "d.Txt.GZ").write_bytes(gzip.compress(b"packed text"))
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(b'{"text": "packed lines"}\n', mtime=0))
+    (tmp_path / "d.Txt.GZ").write_bytes(gzip.compress(b"packed text", mtime=0))
     pq.write_table(pa.table({"text": ["row"]}), tmp_path / "e.PARQUET")
     (tmp_path / "f.parquet.gz").write_bytes(b"left out")
     (tmp_path / "g.gz").write_bytes(b"left out")
@@ -233,7 +233,7 @@ def test_a_long_packed_text_is_cut_like_an_unpacked_one(tmp_path: Path) -> None:
     content = "".join(f"paragraph {i}\n\n" for i in range(40_000)).encode()
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "p.txt").write_bytes(content)
-    (tmp_path / "a" / "p.txt.gz").write_bytes(gzip.compress(content))
+    (tmp_path / "a" / "p.txt.gz").write_bytes(gzip.compress(content, mtime=0))
     found = read(tmp_path / "a")
     assert found[: len(found) // 2] == found[len(found) // 2 :]
     assert len(found) > 20
@@ -247,9 +247,13 @@ def test_a_long_packed_text_is_cut_like_an_unpacked_one(tmp_path: Path) -> None:
         ("a.txt", "text".encode("utf-16-le"), "is binary (it holds a NUL byte)"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xc3"}\n', "byte 0xc3 in line 2"),
         ("a.jsonl.gz", b"no gzip", "cannot be read: Not a gzipped file"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9], "cannot be read: Compressed file ended"),
-        ("a.jsonl.gz", gzip.compress(b"{}\n"), "line 1: corpus.text_field is 'text': not among its fields (none)"),
-        ("a.txt.gz", gzip.compress(b"x\n\xff"), "byte 0xff in line 2"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-9], "cannot be read: Compressed file ended"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b"{}\n", mtime=0),
+            "line 1: corpus.text_field is 'text': not among its fields (none)",
+        ),
+        ("a.txt.gz", gzip.compress(b"x\n\xff", mtime=0), "byte 0xff in line 2"),
         ("a.parquet", b"", "is not a parquet file"),
         ("a.parquet", b"PAR1" + bytes(20) + b"PAR1", "is not a parquet file"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "is not a parquet file"),
@@ -275,7 +279,7 @@ def test_a_file_whose_name_is_not_utf8_is_read_under_an_escaped_name(suffix: byt
         with open(strange, "wb") as file:
             pq.write_table(pa.table({"text": ["strange"]}), file)
     else:
-        content = {b".txt": b"strange", b".jsonl": line, b".jsonl.gz": gzip.compress(line)}[suffix]
+        content = {b".txt": b"strange", b".jsonl": line, b".jsonl.gz": gzip.compress(line, mtime=0)}[suffix]
         with open(strange, "wb") as file:
             file.write(content)
     found = prepared(folder, tmp_path / "root")
