@@ -62,12 +62,16 @@ def kill(root: Path, command: str, after: float, whom: str) -> bool:
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    time.sleep(after)
-    landed = process.poll() is None
+    try:
+        process.wait(timeout=after)
+    except subprocess.TimeoutExpired:
+        landed = True
+    else:
+        landed = False
     children = [p for p in started(mark) if p.pid != process.pid]
     if whom == "child" and children:
         children[-1].kill()
-    elif whom == "all":
+    elif whom == "all" and landed:
         os.killpg(process.pid, signal.SIGKILL)
     else:
         process.kill()

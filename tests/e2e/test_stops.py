@@ -59,6 +59,12 @@ COMMANDS = {
     "bench decode": "bench decode",
     "dvc repro": "dvc repro -f",
 }
+FRESH = {
+    "study run": ["results/long"],
+    "study run, preparing": ["results/text", "state/finished", "data"],
+    "study promote": ["studies/grown-confirm.yaml"],
+}
+"""What is taken away before a command runs again, so that it has all its work to do."""
 LONG = TINY.replace("steps: 8", "steps: 4000").replace("eval_every: 4", "eval_every: 500")
 TEXT = """
 base:
@@ -175,6 +181,12 @@ def check(stop: Stop, most: float, codes: set[int], said: str = "") -> list[str]
     return wrong + [f"orphan {o}" for o in stop.orphans] + [f"left {x}" for x in stop.left]
 
 
+def fresh(root: Path, name: str) -> None:
+    for made in FRESH.get(name, []):
+        place = root / made
+        shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
+
+
 def row(name: str, stops: list[Stop]) -> str:
     """What came of all signals to one command, as a row of a table."""
     landed = [s for s in stops if not s.ended]
@@ -238,13 +250,13 @@ def test_every_command_ends_in_seconds_at_random_moments(name: str, busy: Path, 
     command = words if words[0] == "dvc" else [*ABLATE, *words]
     codes = set(range(1, 256)) if words[0] == "dvc" else {128 + signal.SIGINT}
     whole = stopped(command, root, LONGEST, signal.SIGINT)
+    fresh(root, name)
     lasts = whole.lasted or LONGEST
     generator = random.Random(name)
     stops = []
     for _ in range(MOMENTS):
         stops.append(stopped(command, root, generator.uniform(0, lasts), signal.SIGINT))
-        if name == "study run":
-            shutil.rmtree(root / "results" / "long", ignore_errors=True)
+        fresh(root, name)
     print(row(name, stops))
     most = TRAINING_SECONDS if name in TRAINING else IDLE_SECONDS
     said = whole.output.splitlines()[-1] if whole.ended and whole.output else ""
