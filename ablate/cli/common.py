@@ -16,7 +16,7 @@ import ablate
 from ablate.config import NAME, ConfigError, echo, load_study, mask_output, masked, one_line
 from ablate.files import described, machine_fault
 from ablate.study.stopping import Stopped, stopping
-from ablate.training.lifeline import COLLECT_AFTER
+from ablate.training.lifeline import COLLECT_AFTER, kill_descendants
 
 app = typer.Typer(
     name="ablate",
@@ -104,6 +104,7 @@ def run(work: Callable[[], object] = app) -> NoReturn:
     except OSError as error:
         code = _silent(_say(f"the output could not be written: {described(error)}", 1))
     if stopped:  # Python would wait for threads and take modules apart, which lasts seconds.
+        kill_descendants()  # one that was being started when the signal came is known to nobody
         atexit._run_exitfuncs()
         os._exit(code)
     sys.exit(code)

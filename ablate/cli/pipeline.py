@@ -152,10 +152,13 @@ def figures(
     slowest_first = sorted(chosen, key=lambda name: -published.size(name, ROOT))
     workers = min(len(chosen), os.cpu_count() or 1)
     drawing = busy(f"drawing {len(chosen)} reports", quiet=as_json)
-    with drawing, processes(workers, _drawing) as pool:
-        with environment(dict.fromkeys(THREAD_VARIABLES, "1")), out_of_reach():
-            drawn = pool.map(published.redraw, slowest_first, [ROOT] * len(slowest_first))
-        redrawn = list(drawn)
+    try:
+        with drawing, processes(workers, _drawing) as pool:
+            with environment(dict.fromkeys(THREAD_VARIABLES, "1")), out_of_reach():
+                drawn = pool.map(published.redraw, slowest_first, [ROOT] * len(slowest_first))
+            redrawn = list(drawn)
+    finally:
+        published.clear(ROOT)
     found = dict(sorted(zip(slowest_first, redrawn, strict=True)))
     if as_json:
         print(json.dumps(found))

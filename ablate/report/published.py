@@ -105,11 +105,16 @@ def staged(name: str, root: Path, place: Path) -> None:
     _link(_stage(report, name, place))
 
 
+def clear(root: Path) -> None:
+    """Delete the folders among the reports in which processes drew that are gone."""
+    for stale in stale_folders(root / "reports"):
+        shutil.rmtree(stale, ignore_errors=True)
+
+
 @contextmanager
 def _place(root: Path) -> Iterator[Path]:
     """Give a folder among the reports to draw in; those that killed processes left are deleted."""
-    for stale in stale_folders(root / "reports"):
-        shutil.rmtree(stale, ignore_errors=True)
+    clear(root)
     place = working_folder(root / "reports", "redraw")
     try:
         yield place

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import socket
@@ -15,12 +14,16 @@ from types import FrameType
 from typing import Any
 
 from ablate.files import drop_unfinished
+from ablate.training.lifeline import kill_descendants
 
 SECONDS = 4.0
 """How long a command has to end in good order where it trains nothing."""
 TRAINING_SECONDS = 14.0
 """The same while a trial is saved."""
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
+WAKE = signal.SIGURG
+"""Interrupts a wait of the main thread, so that it looks at the other signals: libraries (polars) put handlers of their own
+before Python's, after which the system goes on waiting."""
 
 
 class Stopped(BaseException):
@@ -66,6 +69,7 @@ class Stops:
         for end in self._pair:
             end.setblocking(False)
         self._before = {number: signal.signal(number, self._handle) for number in NUMBERS}
+        self._before[WAKE] = signal.signal(WAKE, lambda number, frame: None)
         signal.set_wakeup_fd(self._pair[1].fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(self._pair[0],), daemon=True, name="stops").start()
 
@@ -89,13 +93,15 @@ class Stops:
 
     def _watch(self, pipe: socket.socket) -> None:
         pipe.setblocking(True)
-        number, began = 0, 0.0
+        number, began, main = 0, 0.0, int(threading.main_thread().ident or 0)
         while True:
             left = began + self.seconds - time.monotonic() if number else None
             if left is not None and left <= 0:
                 end_now(number, "not ended in time")
             # The time left may grow meanwhile, when it turns out that a trial has to be saved.
             pipe.settimeout(None if left is None else min(left, 0.2))
+            if number and self.received is None:
+                signal.pthread_kill(main, WAKE)
             try:
                 got = pipe.recv(64)
             except TimeoutError:
@@ -114,8 +120,7 @@ class Stops:
 
 def end_now(number: int, why: str) -> None:
     """End this process and those that it started, without waiting for anything; what is half written goes."""
-    for child in multiprocessing.active_children():
-        child.kill()
+    kill_descendants()
     drop_unfinished()
     try:
         sys.stderr.write(f"ablate: ended at once ({why}); what was finished is kept, call the command again\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -47,7 +48,7 @@ COMMANDS = {
     "export": "export grown",
     "doctor": "doctor",
     "ui": "ui --port 5913",
-    "evaluate": "evaluate {trial}",
+    "evaluate": "evaluate {trial} --tasks ''",
     "inspect": "inspect {trial}",
     "prune": "prune {trial} --threshold 0.4",
     "generate": "generate {trial} once --max-tokens 2000",
@@ -246,7 +247,7 @@ def test_every_command_ends_in_seconds_at_random_moments(name: str, busy: Path, 
     root = tmp_path / "project"
     shutil.copytree(busy, root, symlinks=True)
     trial = min((root / "results" / "tiny").glob("*[0-9a-f].json")).stem
-    words = COMMANDS[name].format(trial=trial).split()
+    words = shlex.split(COMMANDS[name].format(trial=trial))
     command = words if words[0] == "dvc" else [*ABLATE, *words]
     codes = set(range(1, 256)) if words[0] == "dvc" else {128 + signal.SIGINT}
     whole = stopped(command, root, LONGEST, signal.SIGINT)
