@@ -157,6 +157,12 @@ def test_work_runs_on_torchs_own_threads(two_threads: None) -> None:
     assert seen == first
 
 
+@pytest.mark.skipif("PYTEST_XDIST_WORKER_COUNT" not in os.environ, reason="one process has all cores")
+def test_workers_of_pytest_share_the_cores_out() -> None:
+    workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    assert workers * int(os.environ["OMP_NUM_THREADS"]) <= max(workers, os.cpu_count() or 1)
+
+
 def test_an_error_in_a_thread_reaches_the_caller(two_threads: None) -> None:
     def fail() -> None:
         raise RuntimeError("from a thread")
