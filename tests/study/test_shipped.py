@@ -66,10 +66,11 @@ def test_the_last_arm_of_a_shipped_study_trains(
 ) -> None:
     trial = _last(path)
     small = {"steps": 2, "batch_size": 2, "eval_every": 2, "eval_tokens": 64 * trial.tree.leaves, "checkpoint_every": 2}
+    few = {"max_documents": 40, "vocab_size": 300} if trial.task.kind == "language" else {}
     data = tmp_path_factory.getbasetemp() / "shipped-data"
     trial = trial.model_copy(
         update={
-            "corpus": trial.corpus.model_copy(update={"max_documents": 40, "vocab_size": 300}),
+            "corpus": trial.corpus.model_copy(update=few),
             "model": trial.model.model_copy(update={"blocks": 1, "context": 64}),
             "train": trial.train.model_copy(update=small),
             "questions": Questions(),  # they need more held-out documents than forty leave
