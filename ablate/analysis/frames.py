@@ -175,9 +175,8 @@ def _scan(path: Path, name: str, schema: Schema) -> pl.LazyFrame | None:
         scan = pl.scan_parquet(path, glob=False)
         columns = scan.collect_schema().names()
         if "trial" in columns:
-            scan.select(pl.col("trial").str.len_bytes().sum()).collect(
-                engine="streaming"
-            )  # reads the column, keeps none
+            # Reads the column and keeps none of it.
+            scan.select(pl.col("trial").str.len_bytes().sum()).collect(engine="streaming")
     except (pl.exceptions.PolarsError, OSError) as error:
         raise ConfigError(
             f"table {str(path)!r} cannot be read ({reason(error)}): run `ablate collect {name}`"

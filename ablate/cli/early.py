@@ -13,7 +13,7 @@ _registered = False
 
 
 def answer(words: str) -> None:
-    """End the process at SIGINT and SIGTERM from now on, with a line of these words and exit code 128 + the number.
+    """End the process at SIGINT and SIGTERM from now on: print `ablate: ` and the words, exit with 128 + the signal's number.
 
     Python's last moments, in which it would let a signal kill it, are kept from both. Does nothing outside the main
     thread, where Python allows no handler.

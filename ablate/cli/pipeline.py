@@ -169,8 +169,8 @@ def figures(
 
 
 def _drawing() -> None:
-    """Begin a process that draws: Matplotlib makes small objects by the million; looking for dead ones less often saves
-    a tenth of the time."""
+    """Begin a process that draws."""
+    # Matplotlib makes small objects by the million; looking for dead ones less often saves a tenth of the time.
     gc.set_threshold(200_000)
 
 

@@ -28,18 +28,20 @@ class LayerCost(Section):
     total_units: int
     active_units: int
     active_weights: int
-    """Weights that one token multiplies, biases left out."""
+    """Weights that one token multiplies, biases left out; with them those of a router apart from its nodes, which never learn."""
 
 
 def count_layer(trial: Trial) -> LayerCost:
     """Parameters and units of one feed-forward layer of a trial; nothing of it where there is none."""
     tree, dense, d = trial.tree, trial.dense, trial.model.d_model
-    total = active = units = active_units = biases = 0
+    total = active = units = active_units = biases = routing = 0
     if trial.model.feedforward == "tree":
         units, active_units = tree.total_units, tree.active_units
         rows_out = units if tree.node_output else tree.trees * tree.leaves * tree.leaf_width
         decided = tree.trees * (tree.depth + tree.leaf_width)  # rows of w_in on the path, contributing or not
         biases = decided * tree.bias
+        # Nodes that contribute have responses of their own beside those of a router apart from them.
+        routing = tree.trees * tree.depth * d if tree.router in ("frozen", "separate") and tree.node_output else 0
         total = (units + rows_out) * d + units * tree.bias
         active = (decided + active_units) * d + biases
     elif trial.model.feedforward == "dense":
@@ -57,7 +59,7 @@ def count_layer(trial: Trial) -> LayerCost:
         active_params=active,
         total_units=units,
         active_units=active_units,
-        active_weights=active - biases,
+        active_weights=active - biases + routing,
     )
 
 

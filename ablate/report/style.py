@@ -181,7 +181,7 @@ def assign(tables: Tables, order: list[str], labels: dict[str, str]) -> Styles:
                 legend.append((labels[a], arms[a]))
     named = [a for a in order if a not in arms and rows[a]["kind"] != "control"]
     for i, a in enumerate(named):
-        # Marks from the far end, so that they differ from the grid's; after eight, other marks in the same colours, hollow in turn.
+        # Marks from the far end, so that they differ from the grid's. After eight: other marks in the same colours, hollow.
         turn = i // 8
         arms[a] = ArmStyle(INK if i == 0 else COLOURS[(7 - i) % 8], (7 - i + 3 * turn) % 8, turn % 2 == 0, turn % 4)
         legend.append((labels[a], arms[a]))

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 from mlflow.tracking import MlflowClient
@@ -20,7 +21,8 @@ from polars.testing import assert_frame_equal
 from typer.testing import CliRunner
 
 from ablate.cli.commands import app
-from ablate.config import load_study
+from ablate.config import ConfigError, Trial, load_study
+from ablate.tasks.facts import read_keys
 from tests.browser import chromium
 from tests.test_pasted import commands
 
@@ -193,6 +195,22 @@ def test_the_commands_of_readme_and_report_work_on_what_was_made(
         "generate",
     }
     assert load_study(Path("studies/mine.yaml")).name == "mine"
+
+
+def test_vectors_of_a_trained_model_become_keys_of_facts(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project)
+    trial, out = trials(project)["trial"][0], tmp_path / "keys.npy"
+    arguments = ["keys", trial, "--tokens", "1024", "--out", str(out)]
+    done = CliRunner().invoke(app, [*arguments, "--count", "64"], catch_exceptions=False)
+    assert (done.exit_code, np.load(out).shape) == (0, (64, 16)), done.output
+    assert f"{out}: 64 vectors of width 16 from block 0" in done.output
+    with pytest.raises(ConfigError, match="block is 1: the model has blocks 0 to 0"):
+        CliRunner().invoke(app, [*arguments, "--block", "1"], catch_exceptions=False)
+    facts = {"kind": "facts", "facts": 64, "classes": 4, "keys": "residual", "keys_file": str(out)}
+    sections = {"task": facts, "model": {"d_model": 16, "heads": 1}, "tree": {"trees": 1, "depth": 2, "leaf_width": 1}}
+    assert read_keys(Trial.model_validate(sections)).shape == (64, 16)
 
 
 def test_pruned_trials_reach_the_report(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ablate.config import ConfigError, Study, Trial, parse
+from ablate.model.counts import count_layer
 from ablate.model.decode import tree_step
 from ablate.model.ragged import keep
 from ablate.model.tree import TreeFeedForward
@@ -164,3 +165,14 @@ def test_new_settings_of_training_leave_published_hashes_alone() -> None:
     assert not {"router_steps", "router_rate"} & Trial().train.model_dump().keys()
     late = facts(tree={"router": "frozen"}, train={"router_steps": 5})
     assert Trial.model_validate_json(late.model_dump_json()) == late
+
+
+def test_a_router_apart_from_nodes_that_contribute_costs_products_of_its_own() -> None:
+    def weights(**tree: Any) -> int:
+        return count_layer(facts(tree=tree)).active_weights
+
+    rows = 2 * 3  # trees x depth
+    assert weights(router="frozen") - weights() == weights(router="separate") - weights() == rows * 16
+    assert weights() == weights(router="fixed") == weights(router="hash")
+    # Nodes that only route have no responses of their own: the router's are the only ones.
+    assert weights(router="frozen", node_output=False) == weights(node_output=False)

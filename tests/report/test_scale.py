@@ -57,7 +57,8 @@ def grown(root: Path, store: Path, seeds: int, *verbs: str) -> dict[str, Measure
 @pytest.mark.timeout(1800)
 def test_ten_thousand_results_become_a_report_in_a_minute_and_a_gigabyte(tmp_path: Path, fresh_store: Path) -> None:
     done = grown(tmp_path, fresh_store, 500, "collect", "analyse", "report")
-    assert done.pop("status").seconds <= 5
+    assert done.pop("status").seconds <= 2
+    assert done["collect"].seconds <= 30
     assert sum(d.seconds for d in done.values()) <= MOST_SECONDS
     assert max(d.peak for d in done.values()) <= 1e9
     assert (tmp_path / f"out/{NAME}/index.html").stat().st_size <= MOST_PAGE

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import polars as pl
-from matplotlib.lines import Line2D
 
 from ablate.config.endpoints import KBIT_STORED
 from ablate.report.context import Context
-from ablate.report.draw import few_ticks, mark, wrap
+from ablate.report.draw import few_ticks, legend, mark
 from ablate.report.parts import Table, View
-from ablate.report.style import COLOURS, DASHES, MARKERS, ArmStyle, new
+from ablate.report.style import COLOURS, DASHES, MARKERS, ArmStyle, Styles, new
 from ablate.report.tables import cells
 
 
@@ -61,7 +60,7 @@ def _against_facts(view: View, curves: list[dict[str, Any]], styles: dict[str, A
     ax.set_xlabel("N, facts to store")
     ax.set_ylabel(KBIT_STORED.label)
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    _legend(figure, styles, lines=True)
+    legend(figure, Styles(styles, list(styles.items())), lines=True, columns=3)
     view.figures.append(
         ("capacity", "Bits stored against the number of facts: means, with the range over seeds", figure)
     )
@@ -88,17 +87,10 @@ def _against_balance(view: View, curves: list[dict[str, Any]], styles: dict[str,
     few_ticks(ax)
     ax.set_xlabel("n_eff_frac, share of the leaves in effective use (right is better)")
     ax.set_ylabel("bits stored a unit")
-    _legend(figure, {curve["curve"]: styles[curve["curve"]] for curve in trees}, lines=False)
+    own = {curve["curve"]: styles[curve["curve"]] for curve in trees}
+    legend(figure, Styles(own, list(own.items())), columns=3)
     caption = f"Bits stored a unit against balance at N = {count:,}, means over seeds"
     view.figures.append(("capacity_balance", caption, figure))
-
-
-def _legend(figure: Any, styles: dict[str, ArmStyle], *, lines: bool) -> None:
-    handles = []
-    for name, style in styles.items():
-        dash: Any = DASHES[style.dash] if lines else "none"
-        handles.append(Line2D([], [], label=wrap(name, 34, 2), markersize=6, linestyle=dash, **mark(style)))
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)))
 
 
 def _reading(curves: list[dict[str, Any]]) -> list[str]:
