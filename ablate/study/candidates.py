@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import optuna
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
@@ -24,6 +23,7 @@ from ablate.results.record import Record, load_record
 from ablate.study.arms import factor_values
 from ablate.study.designs import Plan, PlannedTrial
 from ablate.study.queue import ARM, RUN, WORKER, Claim, Queue, directions
+from ablate.study.race import means_of
 from ablate.study.samplers import Proposal, adopt, key_of, propose
 from ablate.study.scoreboard import Scoreboard, chosen_from, name_of, number_of
 from ablate.study.space import Candidate, Chosen, Space
@@ -148,8 +148,8 @@ class Candidates(Queue):
             state = TrialState.PRUNED if len(self.plan.study.objectives) == 1 else TrialState.FAIL
             self._set(entrant.claim.id, state, None)
             return
-        means = np.mean(list(scores.values()), axis=0)
-        values = [goal.sign * float(mean) for goal, mean in zip(self.plan.study.goals, means, strict=True)]
+        means = means_of(scores.values())
+        values = [goal.sign * mean for goal, mean in zip(self.plan.study.goals, means, strict=True)]
         self._set(entrant.claim.id, TrialState.COMPLETE, values)
 
     def finalists(self) -> list[PlannedTrial]:
@@ -299,11 +299,9 @@ class Candidates(Queue):
             if chosen is None:
                 continue
             known += 1
-            means = np.mean([values for _, values in runs], axis=0)
+            means = means_of(values for _, values in runs)
             attributes = {ARM: f"{name}/{arm}", ORIGIN: WARM, SETTINGS: chosen}
-            self.study.add_trial(
-                self._create(chosen, TrialState.COMPLETE, attributes, values=[float(v) for v in means])
-            )
+            self.study.add_trial(self._create(chosen, TrialState.COMPLETE, attributes, values=means))
         if not known:
             raise ConfigError(f"warm_start is {name!r}: none of its candidates lies in this search's space")
         self.study.set_user_attr(WARM, name)

@@ -34,7 +34,7 @@ def leaders(objectives: Sequence[str], values: Mapping[str, Mapping[int, Sequenc
     full = {arm: seeds for arm, seeds in values.items() if most and len(seeds) == most}
     found = []
     for place, goal in enumerate(endpoints(list(objectives))):
-        means = {arm: mean(numbers[place] for numbers in seeds.values()) for arm, seeds in full.items()}
+        means = {arm: mean(numbers[place] for numbers in seeds.values()) for arm, seeds in sorted(full.items())}
         if means:
             choose = min if goal.better == "lower" else max
             arm = choose(means, key=means.__getitem__)

@@ -7,13 +7,17 @@ rivals: what is left of their values after a candidate's mean and a seed's mean 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import numpy as np
 
 # Values of one candidate: seed to one number an objective, each turned so that lower is better.
 Scores = Mapping[int, Sequence[float]]
+
+# Sums are exact below (`fmean`), whatever the order in which runs came in: candidates may tie in one objective, and the
+# last bit would then decide which of them dominates.
 
 # The noise must rest on at least this many degrees of freedom before anything is stopped for it.
 MIN_DF = 4
@@ -25,6 +29,11 @@ class Noise:
 
     sd: tuple[float, ...]
     df: int
+
+
+def means_of(scores: Iterable[Sequence[float]]) -> tuple[float, ...]:
+    """Return the mean of each objective over runs; the same in whatever order the runs are."""
+    return tuple(fmean(values) for values in zip(*scores, strict=True))
 
 
 def noise_of(complete: Sequence[Scores], seeds: Sequence[int]) -> Noise | None:
@@ -53,17 +62,17 @@ def beaten_by(
         p: level of the test; 0 rules nothing out.
         places: how many candidates the search names in the end.
     """
-    complete = {name: scores for name, scores in rivals.items() if set(seeds) <= set(scores)}
+    complete = {name: rivals[name] for name in sorted(rivals) if set(seeds) <= set(rivals[name])}
     noise = noise_of(list(complete.values()), seeds)
     if p <= 0 or noise is None or len(complete) < places:
         return ()
     common = sorted(candidate)
-    mine = np.mean([candidate[seed] for seed in common], axis=0)
+    mine = np.array(means_of(candidate[seed] for seed in common))
     error = np.array(noise.sd) * np.sqrt(2 / len(common))
     from scipy import stats  # it takes a second to import, and most studies are no races
 
     bound = stats.t.isf(p / len(mine), noise.df) * error
-    gaps = {name: mine - np.mean([scores[seed] for seed in common], axis=0) for name, scores in complete.items()}
+    gaps = {name: mine - means_of(scores[seed] for seed in common) for name, scores in complete.items()}
     better = [name for name, gap in gaps.items() if np.all(gap >= 0) and np.any(gap > bound)]
     if len(better) < places:
         return ()
@@ -76,8 +85,8 @@ def ranked(candidates: Mapping[str, Scores]) -> list[str]:
     With several objectives: fronts of non-dominated candidates one after the other, and within a front the ends first,
     then those with the most room around them (crowding distance of NSGA-II, doi 10.1109/4235.996017).
     """
-    means = {name: np.mean(list(scores.values()), axis=0) for name, scores in candidates.items() if scores}
-    left = sorted(means, key=lambda name: (tuple(means[name]), name))
+    means = {name: means_of(scores.values()) for name, scores in candidates.items() if scores}
+    left = sorted(means, key=lambda name: (means[name], name))
     if left and len(means[left[0]]) == 1:
         return left
     order: list[str] = []
@@ -89,16 +98,16 @@ def ranked(candidates: Mapping[str, Scores]) -> list[str]:
     return order
 
 
-def _dominates(a: np.ndarray, b: np.ndarray) -> bool:
-    return bool(np.all(a <= b) and np.any(a < b))
+def _dominates(a: Sequence[float], b: Sequence[float]) -> bool:
+    return all(x <= y for x, y in zip(a, b, strict=True)) and tuple(a) != tuple(b)
 
 
-def _crowding(front: Sequence[str], means: Mapping[str, np.ndarray]) -> dict[str, float]:
+def _crowding(front: Sequence[str], means: Mapping[str, Sequence[float]]) -> dict[str, float]:
     distance = dict.fromkeys(front, 0.0)
     for axis in range(len(means[front[0]])):
-        line = sorted(front, key=lambda name: float(means[name][axis]))
-        span = float(means[line[-1]][axis] - means[line[0]][axis]) or 1.0
+        line = sorted(front, key=lambda name: means[name][axis])
+        span = means[line[-1]][axis] - means[line[0]][axis] or 1.0
         distance[line[0]] = distance[line[-1]] = np.inf
         for before, name, after in zip(line, line[1:], line[2:], strict=False):
-            distance[name] += float(means[after][axis] - means[before][axis]) / span
+            distance[name] += (means[after][axis] - means[before][axis]) / span
     return distance

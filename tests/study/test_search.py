@@ -22,6 +22,7 @@ from ablate.results.layout import Layout
 from ablate.study.address import default_storage
 from ablate.study.designs import expand
 from ablate.study.outcome import Outcome
+from ablate.study.race import beaten_by, ranked
 from ablate.study.samplers import key_of, propose
 from ablate.study.space import Space
 from ablate.study.status import status
@@ -224,6 +225,25 @@ def test_a_lost_database_costs_a_search_nothing(tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path / 'new.db'}"
     assert run(tmp_path, settings=settings, storage=storage) == Outcome(done=20, total=20)
     assert table(tmp_path) == before
+
+
+def test_the_order_in_which_runs_came_in_decides_nothing() -> None:
+    """Balance depends on the seed alone here, so that candidates tie in it, up to the last bit of a mean."""
+    rng = random.Random(0)
+    seeds = list(range(5))
+    balance = {seed: rng.uniform(-1, 0) for seed in seeds}
+    scores = {f"c{n:03d}": {s: (0.5 + n / 100 + rng.gauss(0, 0.1), balance[s]) for s in seeds} for n in range(8)}
+    orders, outs = set(), set()
+    for _ in range(50):
+        shuffled = {
+            name: dict(rng.sample(list(scores[name].items()), len(seeds)))
+            for name in rng.sample(list(scores), len(scores))
+        }
+        orders.add(tuple(ranked(shuffled)))
+        outs.add(beaten_by({0: (0.9, balance[0]), 1: (0.9, balance[1])}, shuffled, seeds, 0.05, 3))
+    assert len(orders) == len(outs) == 1
+    best = min(scores, key=lambda name: float(np.mean([v for v, _ in scores[name].values()])))
+    assert orders.pop()[0] == best, "of candidates that tie in one objective, the best in the other is first"
 
 
 @pytest.mark.parametrize(
