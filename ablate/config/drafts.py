@@ -50,7 +50,7 @@ margin: 0.02                           # bits per byte within which two arms cou
 # controls: [active, total]            # dense layers of as many active, and as many total units
 """,
     "search": """\
-objectives: [bpb, n_eff_frac]          # what candidates should be good at; one or more
+objectives: [bpb, bits_lost]           # what candidates should be good at; one or more
 budget: {trials: 24}                   # training runs, finalists included
 factors:
   tree.routing: [sign, centred]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ablate.config import ConfigError, Dense, Factor, Scalar, Study, Tree, Trial, check_field
 from ablate.study.fractions import Fraction
-from ablate.study.matching import SHAPE, TOLERANCE, derive, derived_field
+from ablate.study.matching import SHAPE, allowed, derive, derived_field
 
 Activation = tuple[str, float, str]
 """activation, mirror and gain."""
@@ -213,10 +212,10 @@ def matched(study: Study, arm: Arm) -> Arm:
     target = getattr(study.trial({}).tree, study.match)
     found = derive(study.match, target, trial_of(study, arm).tree, field)
     if not found.close:
+        least, most = allowed(target)
         raise ConfigError(
             f"match is {study.match!r}: arm {arm.label!r} comes no closer to the base's {target} units than "
-            f"{found.units} (tree.{field} = {found.value}); {math.ceil(target * (1 - TOLERANCE))} to "
-            f"{math.floor(target * (1 + TOLERANCE))} are allowed"
+            f"{found.units} (tree.{field} = {found.value}); {least} to {most} are allowed"
         )
     units = f"{found.units} {study.match.replace('_', ' ')} ({found.off:+.1%} of the base's {target})"
     changes = {**arm.changes, f"tree.{field}": found.value}

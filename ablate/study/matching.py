@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from fractions import Fraction
+from math import ceil, floor
 
 from ablate.config import ConfigError, Tree
 
 # Fields that decide a tree layer's units.
 SHAPE = ("tree.trees", "tree.depth", "tree.leaf_width", "tree.node_output")
 # A matched size is rounded to whole units; further off than this, the arms would not be a matched comparison.
-TOLERANCE = 0.10
+# A fraction, because 44 units are 10% more than 40 and in floating point a little more than that.
+TOLERANCE = Fraction(1, 10)
+
+
+def allowed(target: int) -> tuple[int, int]:
+    """Return the fewest and the most units that count as equal to the target."""
+    return ceil(target * (1 - TOLERANCE)), floor(target * (1 + TOLERANCE))
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +31,8 @@ class Derived:
     units: int
     off: float
     """Relative distance from the target."""
-
-    @property
-    def close(self) -> bool:
-        """Whether the units are within the tolerance."""
-        return abs(self.off) <= TOLERANCE
+    close: bool
+    """Whether the units are within the tolerance."""
 
 
 def derived_field(match: str, changed: Collection[str], who: str) -> str:
@@ -61,4 +66,5 @@ def derive(match: str, target: int, tree: Tree, field: str) -> Derived:
         exact = target / tree.trees - path if field == "leaf_width" else target / (path + tree.leaf_width)
     value = max(1, round(exact))
     units: int = getattr(tree.model_copy(update={field: value}), match)
-    return Derived(field, value, units, units / target - 1)
+    least, most = allowed(target)
+    return Derived(field, value, units, units / target - 1, least <= units <= most)

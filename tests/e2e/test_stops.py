@@ -224,7 +224,7 @@ def busy(project: Path) -> Path:
 @pytest.mark.parametrize("name", ["doctor", "study run, preparing"])
 def test_a_stop_ends_a_command_in_seconds(name: str, project: Path) -> None:
     number = signal.SIGINT if name == "doctor" else signal.SIGTERM
-    stop = stopped([*ABLATE, *COMMANDS[name].split()], project, 2.0, number)
+    stop = stopped([*ABLATE, *COMMANDS[name].split()], project, 1.0 if name == "doctor" else 2.0, number)
     assert check(stop, 2 * IDLE_SECONDS, {128 + number}) == []
 
 

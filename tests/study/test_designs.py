@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from ablate.config import ConfigError, Study, parse
+from ablate.config import ConfigError, Study, Tree, parse
 from ablate.config.tune import Trace
 from ablate.study.designs import expand
 from ablate.study.fractions import fraction_of
+from ablate.study.matching import allowed, derive
 
 
 def study(**settings: Any) -> Study:
@@ -107,7 +108,7 @@ def test_matched_sizes_are_within_a_tenth_and_said(match: str, factors: dict[str
     plan = expand(study(factors=factors, match=match, base=base))
     target = getattr(plan.study.trial({}).tree, match)
     for trial in plan.trials:
-        assert abs(getattr(trial.trial.tree, match) / target - 1) <= 0.1
+        assert 10 * abs(getattr(trial.trial.tree, match) - target) <= target
     derived = "leaf_width" if len(factors) == 1 else "trees"
     assert all(f"tree.{derived} = " in arm.derived for arm in plan.arms)
     assert len(plan.notes) == len(plan.arms)
@@ -239,3 +240,15 @@ def test_impossible_designs_are_one_line_naming_key_and_value(settings: dict[str
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize("match", ["total_units", "active_units"])
+def test_a_size_is_refused_exactly_where_it_lies_outside_the_bounds_that_the_message_names(match: str) -> None:
+    """44 units are 10% more than 40; in floating point they are a little further."""
+    for target in range(1, 400):
+        least, most = allowed(target)
+        for width in range(1, 9):
+            found = derive(match, target, Tree(trees=4, depth=2, leaf_width=width), "trees")
+            assert found.close == (least <= found.units <= most) == (10 * abs(found.units - target) <= target)
+    assert derive("active_units", 40, Tree(trees=4, depth=3, leaf_width=8), "trees").units == 44
+    assert derive("active_units", 40, Tree(trees=4, depth=3, leaf_width=8), "trees").close
