@@ -28,6 +28,8 @@ SHIPPED = {
     "search_active",
     "search_facts",
     "search_facts_active",
+    "teacher",
+    "digits",
     "confirm",
     "controls",
     "backward",
