@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from ablate.study.threads import spin_little
 from ablate.training.lifeline import COLLECT_AFTER
 
 gc.set_threshold(COLLECT_AFTER)
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# OpenMP's threads spin while they wait for each other: workers with more of them than cores lose most of their time so.
+spin_little()
 # The process that starts the workers has no count, and must set nothing: they would find it.
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))

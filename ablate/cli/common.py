@@ -16,6 +16,7 @@ import ablate
 from ablate.config import NAME, ConfigError, echo, load_study, mask_output, masked, one_line
 from ablate.files import described, machine_fault
 from ablate.study.stopping import Stopped, stopping
+from ablate.study.threads import spin_little
 from ablate.training.lifeline import COLLECT_AFTER, kill_descendants
 
 app = typer.Typer(
@@ -79,6 +80,7 @@ def run(work: Callable[[], object] = app) -> NoReturn:
     gc.set_threshold(COLLECT_AFTER)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "true")
+    spin_little()
     mask_output()
     code, stopped = 0, False
     try:

@@ -143,7 +143,7 @@ def figures(
 ) -> None:
     """Draw the reports of published studies from their kept tables; exit code 1 where any of their data differ."""
     from ablate.report import published
-    from ablate.study.engines import THREAD_VARIABLES, environment
+    from ablate.study.threads import threads
 
     known = published.published(ROOT)
     chosen = list(dict.fromkeys(among(names, known, "published study"))) if names else known
@@ -154,7 +154,7 @@ def figures(
     drawing = busy(f"drawing {len(chosen)} reports", quiet=as_json)
     try:
         with drawing, processes(workers, _drawing) as pool:
-            with environment(dict.fromkeys(THREAD_VARIABLES, "1")), out_of_reach():
+            with threads(1), out_of_reach():
                 drawn = pool.map(published.redraw, slowest_first, [ROOT] * len(slowest_first))
             redrawn = list(drawn)
     finally:

@@ -10,8 +10,6 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -22,26 +20,9 @@ from optuna.exceptions import StorageInternalError
 from ablate.config import mask_output, masked
 from ablate.files import described, machine_fault
 from ablate.study.job import Event, Job
+from ablate.study.threads import available_cpus, threads
 from ablate.study.worker import work
 from ablate.training.lifeline import guarded, out_of_reach
-
-THREAD_VARIABLES = (
-    "OMP_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
-    "NUMBA_NUM_THREADS",
-    "POLARS_MAX_THREADS",
-)
-
-
-def available_cpus() -> int:
-    """Cores that this process may use: its affinity, and a container's quota where there is one."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return count
-    return count if quota == "max" else max(1, min(count, int(quota) // int(period)))
 
 
 class LocalEngine:
@@ -71,7 +52,7 @@ class LocalEngine:
             process = self._context.Process(
                 target=guarded, args=(os.getpid(), work, sender), name=f"ablate-worker-{slot}"
             )
-            with environment(dict.fromkeys(THREAD_VARIABLES, str(job.threads))), out_of_reach():
+            with threads(job.threads), out_of_reach():
                 process.start()
             sender.close()
             self._processes[name], self._pipes[name] = process, receiver
@@ -139,21 +120,6 @@ def where(error: BaseException) -> str:
 def host() -> str:
     """Return this machine's name, as used in worker names."""
     return os.uname().nodename.replace(":", "_")
-
-
-@contextmanager
-def environment(values: dict[str, str]) -> Iterator[None]:
-    """Environment variables that a child process is to find before it imports anything."""
-    before = {key: os.environ.get(key) for key in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for key, old in before.items():
-            if old is None:
-                del os.environ[key]
-            else:
-                os.environ[key] = old
 
 
 def _main(job: Job, name: str, slot: int, log: Path, pipe: Connection) -> None:

@@ -11,7 +11,7 @@ from statistics import mean, median
 
 from ablate.config import Questions, Trial
 from ablate.files import working_folder
-from ablate.study.engines import THREAD_VARIABLES, available_cpus, environment
+from ablate.study.threads import available_cpus, threads
 from ablate.study.tracker import Tracker
 from ablate.training.lifeline import out_of_reach, processes
 from ablate.training.result import Evaluation
@@ -72,18 +72,18 @@ def measure(
     from ablate.tasks.registry import data_card
 
     data_card(next(iter(shapes.values())), data_root)
-    threads = max(1, available_cpus() // workers)
+    each = max(1, available_cpus() // workers)
     folder = working_folder(root / "state" / "probes", "probe")
     # A single shape is probed in every worker's place at once: workers slow each other down.
     copies = workers if len(shapes) < workers else 1
     jobs = [
-        _Probe(trial, data_root, folder / f"{place}.{copy}", threads, time.time(), tracker)
+        _Probe(trial, data_root, folder / f"{place}.{copy}", each, time.time(), tracker)
         for place, trial in enumerate(shapes.values())
         for copy in range(copies)
     ]
     try:
         with processes(workers) as pool:
-            with environment(dict.fromkeys(THREAD_VARIABLES, str(threads))), out_of_reach():
+            with threads(each), out_of_reach():
                 probing = pool.map(_probe, jobs)
             answers = list(probing)
     finally:

@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ablate.config import ConfigError
 from ablate.study.engines import host
 from ablate.study.job import Event, Job
+from ablate.study.threads import spin_little
 from ablate.study.worker import work
 
 LOOK_SECONDS = 1.0
@@ -129,6 +130,7 @@ class RayEngine:
 
 def _task(job: Job, name: str, mailbox: Any) -> None:
     """Ask the worker to stop, through the mailbox."""
+    spin_little()
     stop, done = threading.Event(), threading.Event()
 
     def look() -> None:

@@ -24,7 +24,7 @@ from ablate.config import ConfigError, Section, Study, digest, masked
 from ablate.results.layout import Layout
 from ablate.study.address import alone_with, check_address, refusals, sqlite_path, sqlite_url
 from ablate.study.checkout import checkout_id
-from ablate.study.engines import environment
+from ablate.study.threads import environment
 from ablate.tracking import tags as names
 
 PARAMS_A_BATCH = 100

@@ -15,9 +15,9 @@ from polars.testing import assert_frame_equal
 from ablate.config import load_study
 from ablate.results.collect import collect
 from ablate.results.layout import Layout
-from ablate.study.engines import available_cpus
 from ablate.study.outcome import Outcome
 from ablate.study.runner import run_study
+from ablate.study.threads import available_cpus
 from tests.study import objective
 from tests.study.test_runner import table
 

@@ -1,0 +1,52 @@
+"""Processes that train get their threads, and threads that wait do not spin where other work needs the cores."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ablate.study.threads import available_cpus, environment, spin_little, threads
+
+ASK = "import os; print(os.environ.get('OMP_NUM_THREADS'), os.environ.get('GOMP_SPINCOUNT'))"
+
+
+def asked() -> list[str]:
+    """What a process that is started now finds."""
+    return subprocess.run([sys.executable, "-c", ASK], capture_output=True, text=True, check=True).stdout.split()
+
+
+def test_processes_started_inside_find_their_threads_and_nothing_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    with threads(3):
+        assert asked() == ["3", "1000"]
+    assert asked() == ["None", "None"]
+
+
+@pytest.mark.parametrize("own", [{"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}])
+def test_how_the_user_lets_threads_wait_stays_as_it_is(own: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    with environment(own):
+        with threads(2):
+            assert asked() == ["2", own.get("GOMP_SPINCOUNT", "None")]
+        spin_little()
+        assert os.environ.get("GOMP_SPINCOUNT") == own.get("GOMP_SPINCOUNT")
+
+
+def test_the_command_sets_it_before_torch_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    code = (
+        "import os, sys; sys.argv = ['ablate', '--version']\n"
+        "from ablate.cli.common import run\n"
+        "run(lambda: print('torch' in sys.modules, os.environ['GOMP_SPINCOUNT']))"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert told.split() == ["False", "1000"]
+
+
+def test_a_machine_has_a_core() -> None:
+    assert 1 <= available_cpus() <= (os.cpu_count() or 1)
