@@ -126,7 +126,7 @@ def _log(name: str, files: list[str]) -> None:
 @app.command()
 @example("publish first")
 def publish(name: Name) -> None:
-    """Copy a study's tables to reports/NAME/data, from which `ablate figures` draws its report."""
+    """Pack a study's tables into reports/NAME/data.zip, from which `ablate figures` draws its report."""
     with busy(f"publishing {name}"):
         from ablate.report import published
 

@@ -25,11 +25,10 @@ from ablate.report.answer import answer
 from ablate.report.context import Context
 from ablate.report.parts import View
 from ablate.report.views import sections
+from ablate.results.kept import KEPT
 from ablate.results.layout import Layout
 
 TEMPLATES = Path(__file__).parent / "templates"
-DATA = "data"
-"""Folder of a published study's tables, beside its report."""
 PICTURES = "!figures/*.png"
 """The line of a report's own .gitignore that keeps its pictures in git."""
 
@@ -110,7 +109,7 @@ def shows_pictures(report: Path) -> bool:
     A published study without such a file names its pictures, so that a reader on the web sees none that are broken.
     """
     rules = report / ".gitignore"
-    return not (report / DATA).exists() or (rules.exists() and PICTURES in rules.read_text(encoding="utf-8"))
+    return not (report / KEPT).exists() or (rules.exists() and PICTURES in rules.read_text(encoding="utf-8"))
 
 
 def _markdown(c: Context, views: list[View], pictures: bool) -> str:

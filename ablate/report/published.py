@@ -1,6 +1,6 @@
 """Published studies: the tables behind a report, kept in git beside it, so that it can be drawn without training.
 
-reports/<study>/data/ holds the study file, the plan and the exported tables, of usage what is read (`trim`). From them
+reports/<study>/data.zip holds the study file, the plan and the exported tables, of usage what is read (`trim`). From them
 alone the findings, the figures and the data of the figures follow.
 """
 
@@ -17,16 +17,17 @@ import polars as pl
 
 from ablate.analysis.frames import canonical, load
 from ablate.config import ConfigError
-from ablate.files import replacing_folder, stale_folders, working_folder, write_text
+from ablate.files import stale_folders, working_folder, write_text
 from ablate.report import trim
-from ablate.report.build import DATA, build, current_findings
+from ablate.report.build import build, current_findings
 from ablate.report.context import Context
+from ablate.results.kept import KEPT, STUDY, pack, table, unpack
 from ablate.results.layout import PLAN, TRIALS, USAGE, Layout
 
 CHECKSUMS = "checksums.json"
 """SHA-256 of each table and curve that was drawn, by path: git keeps these, and the files are drawn."""
-DRAWN = ("findings.json", "metrics.json", CHECKSUMS, "report.md", "index.html", "figures", "tables", "plots")
-"""Everything that a report is made of."""
+DRAWN = ("findings.json", CHECKSUMS, "report.md", "index.html", "figures", "tables", "plots")
+"""Everything that a published report is made of; what metrics.json says is in the findings."""
 COMPARED = ("tables/*.csv", "plots/*.csv")
 """What must come out the same, bit for bit, with findings.json; pictures depend on matplotlib's version, too."""
 COMPRESSION = 9
@@ -34,7 +35,7 @@ COMPRESSION = 9
 
 
 def publish(name: str, root: Path) -> Path:
-    """Copy a study's file, plan and tables to reports/<name>/data and make its report; returns that folder.
+    """Pack a study's file, plan and tables into reports/<name>/data.zip and make its report; returns that path.
 
     Raises:
         ConfigError: the study has no tables or no plan here.
@@ -47,33 +48,31 @@ def publish(name: str, root: Path) -> Path:
     usage = trim.usage(Context(loaded, current_findings(name, root, loaded.digests)))
     report = Layout(root, name).published
     with _place(root) as place:
-        kept = place / "kept" / DATA
-        kept.mkdir(parents=True)
-        shutil.copyfile(root / "studies" / f"{name}.yaml", kept / "study.yaml")
+        kept = place / "kept"
+        kept.mkdir()
+        shutil.copyfile(root / "studies" / f"{name}.yaml", kept / STUDY)
         filled = [p for p in sorted(tables.glob("*.parquet")) if pl.scan_parquet(p).head(1).collect().height]
         for path in (plan, *filled):  # a table without rows says no more than one that is not there
             shutil.copyfile(path, kept / path.name)
         if usage is not None:
             usage.write_parquet(kept / USAGE, compression_level=COMPRESSION)
-        _link(_stage(kept.parent, name, place))
+        _stage(kept, report, name, place)
         made = _drawn(name, place)
         # All of it could be drawn: only now the old report goes.
-        with replacing_folder(report / DATA) as folder:
-            for path in sorted(kept.iterdir()):
-                path.replace(folder / path.name)
+        pack(kept, report / KEPT)
         _replace(made, report)
-    return report / DATA
+    return report / KEPT
 
 
 def published(root: Path) -> list[str]:
     """Names of the studies whose tables are kept."""
-    return sorted(path.parent.parent.name for path in root.glob(f"reports/*/{DATA}/study.yaml"))
+    return sorted(path.parent.name for path in root.glob(f"reports/*/{KEPT}"))
 
 
 def size(name: str, root: Path) -> int:
     """Trials of a published study: how long it takes to draw, roughly."""
-    trials = Layout(root, name).published / DATA / TRIALS
-    return int(pl.scan_parquet(trials, glob=False).select(pl.len()).collect().item())
+    trials = table(Layout(root, name).published / KEPT, TRIALS)
+    return int(pl.scan_parquet(trials).select(pl.len()).collect().item())
 
 
 def redraw(name: str, root: Path) -> list[str]:
@@ -93,16 +92,17 @@ def redraw(name: str, root: Path) -> list[str]:
 
 
 def staged(name: str, root: Path, place: Path) -> None:
-    """Link what is kept of a published study into an empty folder, where a project has it.
+    """Put what is kept of a published study into an empty folder, where a project has it.
 
     Raises:
-        ConfigError: the study is not published here.
+        ConfigError: the study is not published here, or what is kept is damaged.
     """
     report = Layout(root, name).published
-    if not (report / DATA / "study.yaml").exists():
+    if not (report / KEPT).exists():
         known = ", ".join(published(root)) or "none"
         raise ConfigError(f"study {name!r} is not published: {known} is; `ablate publish {name}` does it")
-    _link(_stage(report, name, place))
+    unpack(report / KEPT, place / "kept")
+    _stage(place / "kept", report, name, place)
 
 
 def clear(root: Path) -> None:
@@ -120,12 +120,6 @@ def _place(root: Path) -> Iterator[Path]:
         yield place
     finally:
         shutil.rmtree(place, ignore_errors=True)
-
-
-def _link(links: list[tuple[Path, Path]]) -> None:
-    for path, target in links:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.symlink_to(path.resolve())
 
 
 def _drawn(name: str, place: Path) -> Path:
@@ -146,16 +140,17 @@ def _replace(made: Path, report: Path) -> None:
             (made / part).replace(old)
 
 
-def _stage(report: Path, name: str, place: Path) -> list[tuple[Path, Path]]:
-    """Return where a project has what is kept, and what tells its report that it is published."""
-    fixed = {
-        "study.yaml": place / "studies" / f"{name}.yaml",
-        PLAN: Layout(place, name).plan,
-    }
-    kept = [(p, fixed.get(p.name, Layout(place, name).tables / p.name)) for p in sorted((report / DATA).iterdir())]
-    return kept + [
-        (p, Layout(place, name).report / p.name) for p in (report / DATA, report / ".gitignore") if p.exists()
-    ]
+def _stage(kept: Path, report: Path, name: str, place: Path) -> None:
+    """Link what is kept to where a project has it, and what tells its report that it is published."""
+    project = Layout(place, name)
+    fixed = {STUDY: place / "studies" / f"{name}.yaml", PLAN: project.plan}
+    links = {path: fixed.get(path.name, project.tables / path.name) for path in sorted(kept.iterdir())}
+    links[kept] = project.report / KEPT
+    if (report / ".gitignore").exists():
+        links[report / ".gitignore"] = project.report / ".gitignore"
+    for path, target in links.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to(path.resolve())
 
 
 def _known(report: Path) -> dict[str, str]:

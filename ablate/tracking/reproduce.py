@@ -12,14 +12,15 @@ import polars as pl
 
 from ablate.config import ConfigError, Trial, parse
 from ablate.config.endpoints import quality_of
+from ablate.results.kept import KEPT, table
 from ablate.results.layout import HISTORY, MODEL, TRIALS
 from ablate.results.record import load_record
 from ablate.tracking import tags as names
 from ablate.training.result import Evaluation, Observer, Provenance
 from ablate.training.runs import RUN_ID, SHORTEST, find_records, weights_of
 
-PUBLISHED = f"reports/*/data/{TRIALS}"
-"""Tables that `ablate publish` keeps: a clone has them, and no MLflow database."""
+PUBLISHED = f"reports/*/{KEPT}"
+"""What `ablate publish` keeps: a clone has them, and no MLflow database."""
 Found = tuple[Trial, dict[str, str], dict[int, float]]
 """A trial's settings, its tags, and its task's quality by step."""
 
@@ -67,7 +68,7 @@ def reproduce(
 
     Args:
         run: a trial's hash or an MLflow run's id; the first 8 characters do for trials of root/results and reports.
-        root: the project; results/ is searched first, then reports/*/data, then MLflow.
+        root: the project; results/ is searched first, then what is published, then MLflow.
         data_root: prepared corpora; root/data where not given.
         tracking: MLflow's address; the project's own database where not given.
         keep: put the weights where `train.keep_checkpoint` would have put them, if the two are equal.
@@ -148,7 +149,7 @@ def _published(run_id: str, root: Path) -> Found | None:
         return None
     found: dict[str, tuple[Path, dict[str, Any]]] = {}
     for path in sorted(root.glob(PUBLISHED)):
-        rows = pl.scan_parquet(path, glob=False).filter(
+        rows = pl.scan_parquet(table(path, TRIALS)).filter(
             pl.col("run_id").str.starts_with(run_id) | pl.col("trial").str.starts_with(run_id)
         )
         found |= {row["trial"]: (path, row) for row in rows.collect().iter_rows(named=True)}
@@ -161,7 +162,7 @@ def _published(run_id: str, root: Path) -> Found | None:
     origin = {name: row[name.removeprefix("ablate.")] for name in kept}
     origin |= {names.GIT_DIRTY: str(row["git_dirty"]).lower(), names.THREADS: row["threads"]}
     origin = {name: str(value) for name, value in origin.items() if value is not None}
-    history = pl.scan_parquet(path.with_name(HISTORY), glob=False)
+    history = pl.scan_parquet(table(path, HISTORY))
     trial = parse(Trial, json.loads(row["config"]), where=f"trial {row['trial']}")
     name = quality_of(trial.task.kind).name
     evaluations = history.filter(pl.col("trial") == row["trial"], pl.col(name).is_not_null()).collect()

@@ -17,6 +17,8 @@ import pytest
 from scipy import stats
 
 from ablate.analysis import contrasts, power, ranks, tails
+from ablate.results.kept import KEPT, table
+from ablate.results.layout import TRIALS
 
 REPORTS = Path(__file__).parents[2] / "reports"
 SD = 0.01  # of one run; a paired difference has sqrt 2 of it
@@ -40,7 +42,7 @@ def planted(share: float, late: float, *, both: bool = False, shift: float = 0.0
 
 def resampled(study: str, arm: str) -> Draw:
     """Pairs drawn with replacement from a published study's."""
-    rows = pl.read_parquet(REPORTS / study / "data/trials.parquet").filter(pl.col("kind") == "arm").sort("seed")
+    rows = pl.read_parquet(table(REPORTS / study / KEPT, TRIALS)).filter(pl.col("kind") == "arm").sort("seed")
     own, other = (rows.filter(pl.col("arm") == name)["bpb"].to_numpy() for name in (arm, "reference"))
 
     def draw(rng: np.random.Generator, draws: int, n: int) -> tuple[Any, Any]:

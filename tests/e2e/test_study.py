@@ -15,6 +15,7 @@ from mlflow.tracking import MlflowClient
 
 from ablate.config import ConfigError, Study, load_study, parse
 from ablate.results.collect import collect
+from ablate.results.kept import pack
 from ablate.results.layout import Layout
 from ablate.results.record import Record, load_record
 from ablate.study.designs import expand
@@ -76,10 +77,9 @@ def test_a_published_trial_is_reproduced_in_a_clone_without_mlflow(project: Path
     layout = Layout(project, "tiny")
     record = load_record(layout.record(sorted(layout.done())[0]))
     assert record.run_id is not None
-    kept = tmp_path / "reports/tiny/data"
-    kept.mkdir(parents=True)
-    for path in collect("tiny", project).glob("*.parquet"):
-        shutil.copyfile(path, kept / path.name)
+    kept, archive = tmp_path / "kept", tmp_path / "reports/tiny/data.zip"
+    shutil.copytree(collect("tiny", project), kept)
+    pack(kept, archive)
     again = reproduce(record.trial, tmp_path, data_root=project / "data")
     assert again.trial == record.trial
     assert sorted(again.before) == [0, 4, 8]
@@ -90,17 +90,19 @@ def test_a_published_trial_is_reproduced_in_a_clone_without_mlflow(project: Path
     trials = pl.read_parquet(kept / "trials.parquet")
     older = trials.with_columns(versions=pl.col("versions").str.replace('"torch": "[^"]*"', '"torch": "1.0"'))
     older.write_parquet(kept / "trials.parquet")
+    pack(kept, archive)
     changed = reproduce(record.run_id, tmp_path, data_root=project / "data").changed
     assert changed[f"{tags.VERSIONS}.torch"] == ("1.0", torch.__version__)
 
     history = pl.read_parquet(kept / "history.parquet")
     history.with_columns(pl.col("bpb") + 1e-12).write_parquet(kept / "history.parquet")
+    pack(kept, archive)
     assert not reproduce(record.run_id, tmp_path, data_root=project / "data").equal
     twin = pl.read_parquet(kept / "trials.parquet").with_columns(
         run_id=pl.lit(record.run_id[:12]) + pl.col("arm"), trial=pl.lit("f") + pl.col("trial")
     )
-    (tmp_path / "reports/twin/data").mkdir(parents=True)
-    twin.write_parquet(tmp_path / "reports/twin/data/trials.parquet")
+    twin.write_parquet(kept / "trials.parquet")
+    pack(kept, tmp_path / "reports/twin/data.zip")
     with pytest.raises(ConfigError, match=r"could be any of .*give more of its id"):
         reproduce(record.run_id[:8], tmp_path)
     for foreign in ("0123456789abcdef", record.run_id[:7]):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from ablate.config import ConfigError
 from ablate.report.build import build
 from ablate.report.published import publish, published, redraw
 from ablate.results.columns import MOTION_TABLE_SCHEMA
+from ablate.results.kept import pack, table, unpack
 from tests.report.synthetic import write_study
 
 SHIPPED = Path(__file__).parents[2]
@@ -24,8 +27,9 @@ def test_drawn_again_from_what_is_kept_alone(tmp_path: Path) -> None:
     write_study(tmp_path, factors={"tree.mirror": [0.0, 1.0]}, controls=False, tune=False, usage=1, diverged=False)
     none = pl.DataFrame(schema=MOTION_TABLE_SCHEMA)  # no trial recorded motion, so git does not keep it
     none.write_parquet(tmp_path / "tables/demo/motion.parquet")
-    kept = publish("demo", tmp_path)
-    assert {p.name for p in kept.iterdir()} == {
+    archive = publish("demo", tmp_path)
+    kept = tmp_path / "kept"
+    assert {p.name for p in unpack(archive, kept)} == {
         "study.yaml",
         "plan.json",
         "trials.parquet",
@@ -41,10 +45,56 @@ def test_drawn_again_from_what_is_kept_alone(tmp_path: Path) -> None:
     assert (tmp_path / "reports/demo/figures/trajectories.png").stat().st_size > 5000
     assert [p.name for p in (tmp_path / "reports").iterdir()] == ["demo"], "nothing of the drawing is left behind"
 
-    table = pl.read_parquet(kept / "trials.parquet")
-    table.with_columns(pl.col("bpb") + 0.1 * (pl.col("factor.tree.mirror") == 1)).write_parquet(kept / "trials.parquet")
+    trials = pl.read_parquet(kept / "trials.parquet")
+    trials.with_columns(pl.col("bpb") + 0.1 * (pl.col("factor.tree.mirror") == 1)).write_parquet(
+        kept / "trials.parquet"
+    )
+    pack(kept, archive)
     changed = redraw("demo", tmp_path)
     assert {"findings.json", "tables/pareto.csv", "plots/effects.csv"} <= set(changed)
+
+
+@pytest.mark.parametrize("damage", ["cut", "a bit", "no archive", "no table", "empty"])
+def test_a_damaged_archive_is_one_line_and_the_report_stays(tmp_path: Path, damage: str) -> None:
+    write_study(tmp_path, factors={"tree.mirror": [0.0, 1.0]}, controls=False, tune=False, usage=1, diverged=False)
+    archive = publish("demo", tmp_path)
+    content = bytearray(archive.read_bytes())
+    if damage == "no table":
+        unpack(archive, tmp_path / "kept")
+        (tmp_path / "kept/trials.parquet").unlink()
+        pack(tmp_path / "kept", archive)
+    else:
+        content[len(content) // 2] ^= 16
+        changed: dict[str, bytes] = {
+            "cut": bytes(content[: len(content) // 2]),
+            "a bit": bytes(content),
+            "no archive": b"parquet" * 99,
+            "empty": b"",
+        }
+        archive.write_bytes(changed[damage])
+    before = {p: p.read_bytes() for p in archive.parent.rglob("*") if p.is_file()}
+    with pytest.raises(ConfigError) as refused:
+        redraw("demo", tmp_path)
+    assert "\n" not in str(refused.value)
+    assert "trials.parquet" in str(refused.value) if damage == "no table" else repr(str(archive)) in str(refused.value)
+    assert {p: p.read_bytes() for p in archive.parent.rglob("*") if p.is_file()} == before
+    assert [p.name for p in (tmp_path / "reports").iterdir()] == ["demo"]
+
+
+def test_the_same_files_make_the_same_archive_and_nothing_is_unpacked_elsewhere(tmp_path: Path) -> None:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for name in ("b.parquet", "a.json"):
+        (folder / name).write_bytes(name.encode() * 50)
+    pack(folder, tmp_path / "one.zip")
+    os.utime(folder / "a.json", (1, 1))
+    pack(folder, tmp_path / "two.zip")
+    assert (tmp_path / "one.zip").read_bytes() == (tmp_path / "two.zip").read_bytes()
+    with zipfile.ZipFile(tmp_path / "one.zip", "a") as archive:
+        archive.writestr("../outside.txt", "x")
+    made = unpack(tmp_path / "one.zip", tmp_path / "inside")
+    assert {p.parent for p in made} == {tmp_path / "inside"}
+    assert not (tmp_path / "outside.txt").exists()
 
 
 def test_only_what_is_read_of_usage_is_kept_and_it_gives_the_same_data(tmp_path: Path) -> None:
@@ -61,7 +111,7 @@ def test_only_what_is_read_of_usage_is_kept_and_it_gives_the_same_data(tmp_path:
     own, report = tmp_path / "out/demo", tmp_path / "reports/demo"
     full = {p.name: p.read_bytes() for p in (*own.glob("tables/*.csv"), own / "findings.json")}
     assert "mechanism_prediction.csv" in full
-    kept = pl.read_parquet(publish("demo", tmp_path) / "usage.parquet")
+    kept = pl.read_parquet(table(publish("demo", tmp_path), "usage.parquet"))
     assert {p.name: p.read_bytes() for p in (*report.glob("tables/*.csv"), report / "findings.json")} == full
 
     assert set(usage.columns) - set(kept.columns) == {"in_norm", "out_norm"}
