@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ablate.cli.common import (
+    DATA,
     Json,
     Threads,
     among,
@@ -34,6 +35,33 @@ def bench_trial(
     trial.run(
         among(preset or list(trial.BATCH), list(trial.BATCH), "preset"), threads=threads, steps=steps, as_json=as_json
     )
+
+
+TIMES = ("seconds", "training", "trials_an_hour")
+
+
+@bench_app.command("tasks")
+@example("bench tasks --task facts --json")
+def bench_tasks(
+    task: Annotated[
+        list[str] | None, typer.Option(help="language, facts, teacher or digits; all if not given.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of each trial.")] = 1,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of each trial; the task's own if not given.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Seconds of a whole trial of each task, evaluations and files included: trees, and a dense layer of all their units."""
+    from ablate.bench import tasks
+
+    kinds = among(task or list(tasks.SIZES), list(tasks.SIZES), "task")
+    rows = tasks.run(kinds, DATA, threads=threads, steps=steps, as_json=as_json)
+    if not as_json:
+        columns = ["task", "contender", "steps", "evaluations", "seconds", "in steps", "trials an hour"]
+        cells = [
+            [r["task"], r["contender"], *(str(r[k]) for k in ("steps", "evaluations")), *(f"{r[k]:.1f}" for k in TIMES)]
+            for r in rows
+        ]
+        table_of(f"A trial on {threads} {'thread' if threads == 1 else 'threads'}", columns, cells)
 
 
 @bench_app.command("search")

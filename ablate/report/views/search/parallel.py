@@ -52,7 +52,7 @@ def coordinates(c: Context) -> View:
     for j, (_, ticks) in enumerate(columns):
         ax.axvline(j, color=MUTED, linewidth=0.9, zorder=1)
         for place, name in ticks:
-            ax.text(j + 0.03, place, wrap(name, 11, 1), fontsize=6.5, color=INK, va="center", zorder=4, bbox=box)
+            ax.text(j + 0.03, place, wrap(name, 12, 1), fontsize=6.5, color=INK, va="center", zorder=4, bbox=box)
     ax.set_xticks(range(len(columns)), [wrap(t, 11) for _, t in titles])
     ax.set_xlim(-0.2, len(columns) - 0.45)
     ax.set_ylim(-0.22, 1.08)
