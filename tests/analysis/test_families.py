@@ -18,6 +18,8 @@ from ablate.analysis.restored import restored
 from ablate.analysis.verdicts import Runs
 from ablate.config import parse
 from ablate.config.study import Study
+from ablate.results.kept import KEPT, STUDY, table
+from ablate.results.layout import HISTORY, TRIALS
 
 REPORTS = Path(__file__).parents[2] / "reports"
 
@@ -27,16 +29,15 @@ def confirm() -> Tables:
     """Return the published tables of `confirm`, without its controls."""
     import tempfile
 
-    data = REPORTS / "confirm/data"
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         for source, target in (
-            ("study.yaml", "studies/confirm.yaml"),
-            ("trials.parquet", "tables/confirm/trials.parquet"),
-            ("history.parquet", "tables/confirm/history.parquet"),
+            (STUDY, "studies/confirm.yaml"),
+            (TRIALS, f"tables/confirm/{TRIALS}"),
+            (HISTORY, f"tables/confirm/{HISTORY}"),
         ):
             (place / target).parent.mkdir(parents=True, exist_ok=True)
-            (place / target).write_bytes((data / source).read_bytes())
+            (place / target).write_bytes(table(REPORTS / "confirm" / KEPT, source).read())
         tables = load("confirm", place)
     trials = tables.trials.filter(pl.col("kind") == "arm")
     contrasts = [c for c in tables.study.contrasts if c.reference == "reference"]
