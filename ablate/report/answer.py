@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ablate.analysis.follow_up import drafted, undecided
+from ablate.analysis.search.story import NAMED
 from ablate.config.endpoints import BITS_LOST, ENDPOINTS, N_EFF, Endpoint
 from ablate.report.context import Context
 
@@ -240,10 +241,12 @@ def _next(c: Context) -> tuple[str, str]:
 def _of_search(c: Context) -> Answer:
     name = c.tables.name
     said = [str(s) for s in c.findings["search"]["headline"]]
-    ranked = any(r["rank"] is not None for r in c.findings["search"]["candidates"])
+    ranked = sum(r["rank"] is not None for r in c.findings["search"]["candidates"])
     if not ranked:
         return Answer(said[0], [], "No candidate has finished; go on:", f"ablate study run studies/{name}.yaml")
     unknown = "A search finds candidates and makes no claim: the best of many noisy means is better than it deserves."
     what = "Test the best candidates against the base on seeds that the search never used:"
     command = f"ablate study promote {name} && ablate study run studies/{name}-confirm.yaml"
-    return Answer(said[0], [("Unknown", unknown)], what, command)
+    # After the first line one for each candidate that is named, then the first of them against the base.
+    points = [("First choice", said[1]), ("Gain", said[1 + min(NAMED, ranked)]), ("Unknown", unknown)]
+    return Answer(said[0], points, what, command)

@@ -94,6 +94,16 @@ def test_the_front_and_every_objective_are_named(root: Path) -> None:
         assert f"The best {o['objective']} was reached by " in text
 
 
+def test_the_first_screen_says_what_the_first_choice_is_and_what_it_gains(root: Path) -> None:
+    search = json.loads((root / "out/hunt/findings.json").read_text(encoding="utf-8"))["search"]
+    screen = (root / "out/hunt/report.md").read_text(encoding="utf-8").split("\n## ")[0].replace("\\_", "_")
+    first = search["candidates"][0]
+    assert f"- First choice: {first['arm']}: " in screen
+    assert "with depth" in screen
+    assert "- Gain: Against the base's settings" in screen
+    assert "- Unknown: A search finds candidates" in screen
+
+
 def test_the_same_tables_give_the_same_bytes(root: Path) -> None:
     before = files(root / "out/hunt")
     (root / "out/hunt/findings.json").unlink()
