@@ -101,6 +101,13 @@ def stale_folders(folder: Path) -> list[Path]:
     return sorted(path for path in leftovers(folder) if path.is_dir() and not _lives(path))
 
 
+def clear_stale(folder: Path) -> None:
+    """Remove the half-written files in a folder whose process is gone; a command does so where it writes."""
+    for partial in leftovers(folder):
+        if partial.is_file() and not _lives(partial):
+            partial.unlink(missing_ok=True)
+
+
 def _lives(partial: Path) -> bool:
     """Whether the process that a half-written file or folder is named after is still there, on this machine."""
     number = partial.name.removesuffix(PARTIAL).rpartition(".")[2]

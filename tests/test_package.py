@@ -5,12 +5,15 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import inspect
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import ablate
-from ablate.files import leftovers, replacing, replacing_folder, write_text
+from ablate.files import PARTIAL, clear_stale, leftovers, replacing, replacing_folder, write_text
 
 
 def test_public_names_exist_and_are_those_that_type_checkers_see() -> None:
@@ -45,6 +48,18 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         assert leftovers(path.parent) == [partial]
     assert path.read_text() == "new"
     assert leftovers(tmp_path / "none") == []
+
+
+def test_what_a_killed_process_half_wrote_goes_and_what_a_living_one_writes_stays(tmp_path: Path) -> None:
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    names = {n: tmp_path / f".table.csv.{n}{PARTIAL}" for n in (int(dead.stdout), os.getpid(), os.getppid())}
+    for path in names.values():
+        path.write_text("half")
+    (tmp_path / "table.csv").write_text("whole")
+    clear_stale(tmp_path)
+    assert [n for n, path in names.items() if path.exists()] == [os.getpid(), os.getppid()]
+    assert (tmp_path / "table.csv").read_text() == "whole"
+    clear_stale(tmp_path / "none")
 
 
 def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:

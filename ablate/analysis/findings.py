@@ -20,7 +20,7 @@ from ablate.analysis.search.story import story
 from ablate.analysis.text import name_text
 from ablate.analysis.verdicts import Runs, sentence
 from ablate.config import digest
-from ablate.files import write_text
+from ablate.files import clear_stale, write_text
 from ablate.results.layout import Layout
 
 SCHEMA = "ablate.findings/1"
@@ -33,6 +33,7 @@ def analyse(name: str, root: Path) -> Path:
     """
     data = compute(load(name, root))
     folder = Layout(root, name).report
+    clear_stale(folder)
     write_text(folder / "metrics.json", canonical(data["summary"]))
     return write_text(folder / "findings.json", canonical(data))
 

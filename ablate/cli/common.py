@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import gc
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +47,7 @@ Settings = Annotated[
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads to compute with; all cores if not given.")]
 
+KEPT = "; what was finished is kept, call the command again and it goes on"
 ROOT = Path()
 """The project is the current folder: data/, results/, state/, tables/ and out/ are made in it."""
 DATA = Path("data")
@@ -84,12 +86,12 @@ def run(work: Callable[[], object] = app) -> NoReturn:
     mask_output()
     code, stopped = 0, False
     try:
-        with stopping():
+        with stopping() as stops:
             work()
     except ConfigError as error:
         code = _say(str(error), 2)
     except Stopped as stop:
-        code = _say(f"{stop}; what was finished is kept, call the command again and it goes on", 128 + stop.number)
+        code = _say(f"{stop}{KEPT}", 128 + stop.number)
         stopped = True
     except BrokenPipeError:  # `| head` has seen enough
         code = _silent(141)
@@ -99,6 +101,9 @@ def run(work: Callable[[], object] = app) -> NoReturn:
         code = _say(f"this machine could not go on: {described(error)}", 1)
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        # A library (polars) took the signal, and typer its error.
+        if code == 128 + signal.SIGINT and stops.received is None:
+            _say(f"stopped by SIGINT{KEPT}", code)
     try:
         sys.stdout.flush()
     except BrokenPipeError:

@@ -19,7 +19,7 @@ from markupsafe import Markup
 from ablate.analysis.findings import analyse
 from ablate.analysis.frames import canonical, load
 from ablate.config import ConfigError
-from ablate.files import write_text
+from ablate.files import clear_stale, write_text
 from ablate.report import parts, style, summary
 from ablate.report.answer import answer
 from ablate.report.context import Context
@@ -46,6 +46,7 @@ def build(name: str, root: Path, address: str | None = None) -> Path:
         raise ConfigError(f"MLflow address is {address!r}: it starts with http:// or https://")
     tables = load(name, root)
     folder = Layout(root, name).report
+    clear_stale(folder)
     findings = current_findings(name, root, tables.digests)
     with mpl.rc_context(style.RC):
         context = Context(tables, findings, address.rstrip("/") if address else None)

@@ -17,7 +17,7 @@ import polars as pl
 
 from ablate.analysis.frames import canonical, load
 from ablate.config import ConfigError
-from ablate.files import stale_folders, working_folder, write_text
+from ablate.files import clear_stale, stale_folders, working_folder, write_text
 from ablate.report import trim
 from ablate.report.build import build, current_findings
 from ablate.report.context import Context
@@ -59,6 +59,7 @@ def publish(name: str, root: Path) -> Path:
         _stage(kept, report, name, place)
         made = _drawn(name, place)
         # All of it could be drawn: only now the old report goes.
+        clear_stale(report)
         pack(kept, report / KEPT)
         _replace(made, report)
     return report / KEPT

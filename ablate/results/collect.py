@@ -13,7 +13,7 @@ from pydantic_core import from_json
 
 from ablate.config import ConfigError
 from ablate.evaluation.scores import Score, columns
-from ablate.files import replacing
+from ablate.files import clear_stale, replacing
 from ablate.results import layout as files
 from ablate.results.columns import (
     BALANCE,
@@ -84,6 +84,7 @@ def collect(study: str, root: Path) -> Path:
         history.extend(place | evaluation_row(evaluation) for evaluation in record["history"])
         pruned.extend(place | {"run_id": record["run_id"]} | row for row in prune_rows(prunes.get(name, [])))
     layout.tables.mkdir(parents=True, exist_ok=True)
+    clear_stale(layout.tables)
     scores = dict.fromkeys(key for row in trials for key in row if key.startswith(QA))
     schema = (
         TRIALS_SCHEMA

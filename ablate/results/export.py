@@ -9,7 +9,7 @@ from pathlib import Path
 
 import polars as pl
 
-from ablate.files import replacing
+from ablate.files import clear_stale, replacing
 
 EVENTS = "events.out.tfevents.ablate"
 SCALARS = ("tokens", "seed", "step")
@@ -19,6 +19,7 @@ _POLYNOMIAL = 0x82F63B78  # CRC-32C
 
 def to_csv(frames: Mapping[str, pl.DataFrame], folder: Path) -> Path:
     """Write each frame to <folder>/<name>.csv; return the folder."""
+    clear_stale(folder)
     for name, frame in frames.items():
         with replacing(folder / f"{name}.csv") as partial:
             frame.write_csv(partial)

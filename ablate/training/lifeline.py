@@ -38,13 +38,18 @@ def die_with(parent: int) -> None:
 
 
 def kill_descendants() -> None:
-    """End all that this process has started, and what that has started, at once."""
+    """End all that this process has started, and what that has started, at once.
+
+    But for Python's resource tracker, which removes semaphores once all others are gone, and then ends by itself.
+    """
     import psutil
 
+    tracker = getattr(resource_tracker._resource_tracker, "_pid", None)
     with suppress(psutil.Error):
         for process in psutil.Process().children(recursive=True):
             with suppress(psutil.Error):
-                process.kill()
+                if process.pid != tracker:
+                    process.kill()
 
 
 @contextmanager
