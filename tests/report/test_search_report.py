@@ -99,7 +99,7 @@ def test_the_first_screen_says_what_the_first_choice_is_and_what_it_gains(root: 
     screen = (root / "out/hunt/report.md").read_text(encoding="utf-8").split("\n## ")[0].replace("\\_", "_")
     first = search["candidates"][0]
     assert f"- First choice: {first['arm']}: " in screen
-    assert "with depth" in screen
+    assert re.search(r"with depth .*; 40 of 1,276 units active \(3\.1%\)\.\n", screen)
     assert "- Gain: Against the base's settings" in screen
     assert "- Unknown: A search finds candidates" in screen
 

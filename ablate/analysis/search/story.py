@@ -220,7 +220,7 @@ def headline(search: Search, candidates: list[dict[str, Any]], finalists: list[d
         if not several
         else f"{tried}; the first choice is {best}{where} ({how})."
     ]
-    out += [f"{c['arm']}: {_measured(c)} with {_settings(c['settings'])}." for c in top]
+    out += [f"{c['arm']}: {_measured(c)} with {_settings(c['settings'])}{_units(search, c['arm'])}." for c in top]
     out.append(_gain(search, best))
     falls = [f for f in finalists if f["fall"] is not None]
     if falls:
@@ -258,6 +258,13 @@ def _measured(c: dict[str, Any]) -> str:
         parts.append(f"{objective} {m['mean']:.4f}{half}")
     n = next(iter(found.values()))["n"]
     return f"{', '.join(parts)} ({n} {'fresh ' if c['fresh'] else ''}{plural('seed', n)})"
+
+
+def _units(search: Search, arm: str) -> str:
+    """What of a candidate's layer a token uses; nothing where the tables do not say so."""
+    rows = search.tables.trials.filter(search.tables.trials["arm"] == arm).select("active_units", "total_units")
+    active, total = rows.row(0)
+    return "" if not active or not total else f"; {active:,.0f} of {total:,.0f} units active ({active / total:.1%})"
 
 
 def _settings(settings: dict[str, Any]) -> str:
