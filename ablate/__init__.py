@@ -47,4 +47,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    own = {name for name in globals() if name.startswith("__") and name != "__getattr__"}
+    return sorted({*own, *__all__})

@@ -27,8 +27,9 @@ def test_public_names_exist_and_are_those_that_type_checkers_see() -> None:
         for alias in n.names
     }
     assert typed == set(ablate._HOME.items())
+    assert {name for name in dir(ablate) if not name.startswith("_")} == set(ablate.__all__)
+    assert "__version__" in dir(ablate)
     for name in ablate.__all__:
-        assert name in dir(ablate)
         assert callable(getattr(ablate, name))
 
 

@@ -78,6 +78,15 @@ def test_axe_finds_no_violation(browser: Browser, page_path: Path, size: str) ->
     page.context.close()
 
 
+@pytest.mark.parametrize("size", ["desktop", "phone"])
+def test_the_command_to_run_next_is_read_whole(browser: Browser, page_path: Path, size: str) -> None:
+    page, _, _ = opened(browser, page_path, size)
+    command = page.locator(".answer pre")
+    command.locator("code").evaluate("node => node.append(' && ablate study run studies/a-longer-name.yaml'.repeat(4))")
+    assert command.evaluate("node => node.scrollWidth <= node.clientWidth")
+    page.context.close()
+
+
 def test_widgets_answer_to_the_keyboard(browser: Browser, page_path: Path) -> None:
     page, errors, _ = opened(browser, page_path, "desktop")
     page.get_by_role("slider", name="Evaluation").focus()
