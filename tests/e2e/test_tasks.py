@@ -20,6 +20,8 @@ from ablate.config.endpoints import TASK_ENDPOINTS
 from ablate.report.build import build
 from ablate.report.published import publish, redraw
 from ablate.results.collect import collect
+from ablate.results.kept import table as published_table
+from ablate.results.layout import TRIALS
 from ablate.study.engines import LocalEngine
 from ablate.study.job import Event, Job
 from ablate.study.outcome import Outcome
@@ -147,7 +149,7 @@ def test_a_study_of_a_task_runs_from_file_to_published_report(kind: str, tmp_pat
     kept = publish("factorial", whole)
     assert redraw("factorial", whole) == []
 
-    run = pl.read_parquet(kept / "trials.parquet")["run_id"][0]
+    run = pl.read_parquet(published_table(kept, TRIALS))["run_id"][0]
     logged = MlflowClient(default_uri(whole)).get_run(run)
     assert logged.data.metrics.keys() >= {quality, "n_eff_frac"}
     again = reproduce(run, whole)

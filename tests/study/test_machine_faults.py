@@ -22,6 +22,7 @@ import pytest
 
 from ablate.files import machine_fault
 from ablate.results.layout import Layout
+from ablate.study.oom import oom_kills
 from ablate.study.outcome import Outcome
 from ablate.study.runner import run_study
 from tests.study import objective
@@ -216,10 +217,12 @@ def little_memory(size: int) -> Iterator[Path]:
 def test_out_of_memory_takes_a_worker_away_and_then_pauses_but_loses_no_trial(
     tmp_path: Path, undisturbed: Path
 ) -> None:
+    before = oom_kills()
     with little_memory(900 << 20) as members:
         process = start(tmp_path, "greedy", preexec_fn=lambda: members.write_text(str(os.getpid())))
         output, _ = process.communicate(timeout=240)
     assert process.returncode == 1, output
+    assert oom_kills() == before, "another group's kills are none of this process's"
     assert "was killed by the kernel, for memory ran out" in output
     assert "going on with 1 workers" in output
     assert "out of memory at trial" in output
