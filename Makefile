@@ -32,7 +32,7 @@ figures: $(VENV)/.installed ## Draw every published report from its stored table
 	$(BIN)/ablate figures
 
 # Files in their own order: xdist would put those of few tests last, and the longest of all, the interpreter lane, is one.
-test: lint ## Lint, type-check and run the fast tests (12 minutes on 2 cores).
+test: lint ## Lint, type-check and run the fast tests (9 minutes on 2 cores).
 	$(BIN)/python -m pytest -m "not soak and not soak_short" -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed-dev ## Style and types.

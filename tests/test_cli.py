@@ -119,3 +119,13 @@ def test_binary_study_file(tmp_path: Path) -> None:
         2,
         "ablate: study file 'x.yaml' is not text in UTF-8: byte 0xff at line 1\n",
     )
+
+
+def test_ctrl_c_that_a_library_took_has_its_line() -> None:
+    """Polars answers the signal itself, and typer ends the command with its code and without a word."""
+    code = "import sys\nfrom ablate.cli.common import run\nrun(lambda: sys.exit(130))"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.returncode == 130
+    assert ended.stderr.splitlines() == [
+        "ablate: stopped by SIGINT; what was finished is kept, call the command again and it goes on"
+    ]

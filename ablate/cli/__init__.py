@@ -10,7 +10,7 @@ def main() -> NoReturn:
     early.answer("stopped before anything was done")
     from ablate.cli.commands import run
 
-    early.answer("stopped; what was finished is kept, call the command again and it goes on")
+    early.answer(f"stopped; {early.GOES_ON}")
     run()
 
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import typer
 
 import ablate
+from ablate.cli.early import GOES_ON
 from ablate.config import NAME, ConfigError, echo, load_study, mask_output, masked, one_line
 from ablate.files import described, machine_fault
 from ablate.study.stopping import Stopped, stopping
@@ -47,7 +48,6 @@ Settings = Annotated[
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads to compute with; all cores if not given.")]
 
-KEPT = "; what was finished is kept, call the command again and it goes on"
 ROOT = Path()
 """The project is the current folder: data/, results/, state/, tables/ and out/ are made in it."""
 DATA = Path("data")
@@ -91,7 +91,7 @@ def run(work: Callable[[], object] = app) -> NoReturn:
     except ConfigError as error:
         code = _say(str(error), 2)
     except Stopped as stop:
-        code = _say(f"{stop}{KEPT}", 128 + stop.number)
+        code = _say(f"{stop}; {GOES_ON}", 128 + stop.number)
         stopped = True
     except BrokenPipeError:  # `| head` has seen enough
         code = _silent(141)
@@ -103,7 +103,7 @@ def run(work: Callable[[], object] = app) -> NoReturn:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
         # A library (polars) took the signal, and typer its error.
         if code == 128 + signal.SIGINT and stops.received is None:
-            _say(f"stopped by SIGINT{KEPT}", code)
+            _say(f"stopped by SIGINT; {GOES_ON}", code)
     try:
         sys.stdout.flush()
     except BrokenPipeError:

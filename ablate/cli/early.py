@@ -8,6 +8,7 @@ import signal
 import threading
 from types import FrameType
 
+GOES_ON = "what was finished is kept, call the command again and it goes on"
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
 _registered = False
 

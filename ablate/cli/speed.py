@@ -18,6 +18,7 @@ from ablate.cli.common import (
     kernels_app,
     table_of,
 )
+from ablate.cli.waiting import busy
 from ablate.config import ConfigError
 
 
@@ -54,7 +55,8 @@ def bench_tasks(
     from ablate.bench import tasks
 
     kinds = among(task or list(tasks.SIZES), list(tasks.SIZES), "task")
-    rows = tasks.run(kinds, DATA, threads=threads, steps=steps, as_json=as_json)
+    with busy(f"timing trials of {', '.join(kinds)}", quiet=as_json):
+        rows = tasks.run(kinds, DATA, threads=threads, steps=steps, as_json=as_json)
     if not as_json:
         columns = ["task", "contender", "steps", "evaluations", "seconds", "in steps", "trials an hour"]
         cells = [

@@ -5,7 +5,10 @@ A hundred small files would be more than a reader of the repository wants to see
 
 from __future__ import annotations
 
+import lzma
+import struct
 import zipfile
+import zlib
 from io import BytesIO
 from pathlib import Path
 
@@ -16,6 +19,20 @@ KEPT = "data.zip"
 STUDY = "study.yaml"
 """Name of the study file in the archive; the plan and the tables have the names that they have in a project."""
 _EPOCH = (1980, 1, 1, 0, 0, 0)
+
+
+# What the standard library raises for bytes, read already, that are no whole archive: a flipped bit may name another compression.
+_BROKEN = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    NotImplementedError,
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+)
 
 
 def pack(folder: Path, archive: Path) -> None:
@@ -41,8 +58,9 @@ def unpack(archive: Path, folder: Path) -> list[Path]:
 
 def table(archive: Path, name: str) -> BytesIO:
     """Return one table of an archive, to be read by polars; raises ConfigError where it is damaged or lacks it."""
+    content = BytesIO(archive.read_bytes())
     try:
-        with zipfile.ZipFile(archive) as source:
+        with zipfile.ZipFile(content) as source:
             return BytesIO(source.read(name))
     except KeyError:
         raise ConfigError(f"published data {str(archive)!r} have no {name!r}") from None
@@ -51,15 +69,12 @@ def table(archive: Path, name: str) -> BytesIO:
 
 
 def _contents(archive: Path) -> dict[str, bytes]:
+    content = BytesIO(archive.read_bytes())
     try:
-        with zipfile.ZipFile(archive) as source:
+        with zipfile.ZipFile(content) as source:
             return {name: source.read(name) for name in sorted(source.namelist())}
     except _BROKEN as error:
         raise _damaged(archive, error) from None
-
-
-# What the standard library raises for bytes that are no whole archive.
-_BROKEN = (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, EOFError, ValueError)
 
 
 def _damaged(archive: Path, error: Exception) -> ConfigError:

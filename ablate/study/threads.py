@@ -35,16 +35,19 @@ def spin_little() -> None:
 
     What the user has set stays as it is.
     """
-    if _POLICY not in os.environ:
-        os.environ.setdefault(_SPIN, _TURNS)
+    os.environ.update(_waits())
 
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     """Give processes that are started inside so many threads each."""
-    waits = {} if _POLICY in os.environ or _SPIN in os.environ else {_SPIN: _TURNS}
-    with environment(dict.fromkeys(_COUNTS, str(count)) | waits):
+    with environment(dict.fromkeys(_COUNTS, str(count)) | _waits()):
         yield
+
+
+def _waits() -> dict[str, str]:
+    """Return how threads are to wait; nothing where the user has said so."""
+    return {} if _POLICY in os.environ or _SPIN in os.environ else {_SPIN: _TURNS}
 
 
 @contextmanager

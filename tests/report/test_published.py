@@ -81,6 +81,25 @@ def test_a_damaged_archive_is_one_line_and_the_report_stays(tmp_path: Path, dama
     assert [p.name for p in (tmp_path / "reports").iterdir()] == ["demo"]
 
 
+def test_no_flipped_bit_of_an_archive_is_a_traceback(tmp_path: Path) -> None:
+    folder, archive = tmp_path / "files", tmp_path / "data.zip"
+    folder.mkdir()
+    (folder / "plan.json").write_text(json.dumps({str(i): i * i for i in range(40)}))  # compressed in the archive
+    (folder / "a.parquet").write_bytes(bytes(range(60)))
+    pack(folder, archive)
+    content = archive.read_bytes()
+    refused = 0
+    for at in range(8 * len(content)):
+        changed = bytearray(content)
+        changed[at // 8] ^= 1 << at % 8
+        archive.write_bytes(changed)
+        try:
+            unpack(archive, tmp_path / "out")
+        except ConfigError:
+            refused += 1
+    assert refused > 2 * len(content), "what is packed is checked"
+
+
 def test_the_same_files_make_the_same_archive_and_nothing_is_unpacked_elsewhere(tmp_path: Path) -> None:
     folder = tmp_path / "files"
     folder.mkdir()
