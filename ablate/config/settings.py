@@ -174,8 +174,10 @@ class Mixture(Dense):
     """How many experts a layer has."""
 
 
-class Model(Settings):
+class Model(Grown):
     """A decoder-only transformer: pre-norm RMSNorm, rotary positions, tied embeddings."""
+
+    later: ClassVar[frozenset[str]] = frozenset({"qk_norm", "embedding_norm"})
 
     d_model: Size = 128
     """Width: numbers in a token's vector."""
@@ -185,6 +187,10 @@ class Model(Settings):
     """Attention heads of a block."""
     context: Annotated[int, Field(ge=2, le=2**20)] = 256
     """Tokens a sequence."""
+    qk_norm: bool = False
+    """Scale each head's queries and keys to a root mean square of 1 before they are compared (arXiv 2010.04245)."""
+    embedding_norm: bool = False
+    """Scale each token's vector to a root mean square of 1 where it enters the first block."""
     feedforward: Literal["tree", "dense", "none", "moe"] = "tree"
     """Which layer replaces the transformer's MLP."""
 

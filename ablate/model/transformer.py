@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ablate.config import Trial
+from ablate.config import Model, Trial
 from ablate.model.decode import STEP_TOKENS, Cache, tree_step
 from ablate.model.network import Network, child, feedforward
 from ablate.model.tree import TreeFeedForward
@@ -25,9 +25,10 @@ class Attention(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, d_model: int, heads: int, context: int, blocks: int, generator: torch.Generator) -> None:
+    def __init__(self, model: Model, generator: torch.Generator) -> None:
         super().__init__()
-        self.heads = heads
+        d_model, heads, context, blocks = model.d_model, model.heads, model.context, model.blocks
+        self.heads, self.qk_norm = heads, model.qk_norm
         self.qkv = nn.Parameter(torch.empty(3 * d_model, d_model).normal_(0, d_model**-0.5, generator=generator))
         # Scaled down by depth so that the residual stream's variance does not grow with the number of blocks (GPT-2).
         out_sd = (d_model * 2 * blocks) ** -0.5
@@ -42,6 +43,8 @@ class Attention(nn.Module):
         batch, time, d = x.shape
         qkv = F.linear(x, self.qkv).view(batch, time, 3, self.heads, d // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        if self.qk_norm:
+            q, k = unit(q), unit(k)
         if cache is None:
             at = slice(0, time)
             y = F.scaled_dot_product_attention(self._rotate(q, at), self._rotate(k, at), v, is_causal=True)
@@ -65,7 +68,7 @@ class Block(nn.Module):
         super().__init__()
         model = trial.model
         self.attention_norm = nn.RMSNorm(model.d_model)
-        self.attention = Attention(model.d_model, model.heads, model.context, model.blocks, generator)
+        self.attention = Attention(model, generator)
         self.norm = nn.RMSNorm(model.d_model) if model.feedforward != "none" else None
         self.feedforward = feedforward(trial, generator, backend)
 
@@ -89,7 +92,7 @@ class Transformer(Network):
         self.embedding = nn.Parameter(embedding)
         self.blocks = nn.ModuleList(Block(trial, child(generator), backend) for _ in range(trial.model.blocks))
         self.norm = nn.RMSNorm(trial.model.d_model)
-        self.context = trial.model.context
+        self.context, self.embedding_norm = trial.model.context, trial.model.embedding_norm
         self.checkpointing = trial.train.activation_checkpointing
 
     def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
@@ -99,6 +102,8 @@ class Transformer(Network):
     def features(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """What the logits are made of, [B, T, d] of ids [B, T]: for callers that need logits of some positions only."""
         x = F.embedding(tokens, self.embedding)
+        if self.embedding_norm:
+            x = unit(x)
         if cache is None:
             again = self.checkpointing and self.training and torch.is_grad_enabled()
             for block in self.blocks:
@@ -132,3 +137,8 @@ class Transformer(Network):
             for block in self.blocks
         ]
         return cache
+
+
+def unit(x: Tensor) -> Tensor:
+    """[..., n] of x [..., n], each vector divided by its root mean square; no weights."""
+    return F.rms_norm(x, x.shape[-1:])

@@ -47,6 +47,25 @@ def test_cached_logits_equal_those_of_one_pass(feedforward: str, parts: list[int
     torch.testing.assert_close(torch.cat(pieces, 1), net(tokens), rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("norms", [("qk_norm",), ("embedding_norm",), ("qk_norm", "embedding_norm")])
+@torch.no_grad()
+def test_norms_without_weights_act_alike_with_and_without_a_cache(norms: tuple[str, ...]) -> None:
+    net, plain, tokens = model(model=dict.fromkeys(norms, True)), model(), ids(2, 20)
+    assert {n: p.shape for n, p in net.named_parameters()} == {n: p.shape for n, p in plain.named_parameters()}
+    whole = net(tokens)
+    assert not torch.allclose(whole, plain(tokens))
+    cache = net.cache(2)
+    pieces = [net(piece, cache) for piece in torch.split(tokens, [7, 1, 1, 11], dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=0, atol=1e-11)
+    if "embedding_norm" in norms:  # the size of a token's vector is then without meaning, but for the logits
+        features = net.features(tokens)
+        net.embedding.mul_(3)
+        torch.testing.assert_close(net.features(tokens), features, rtol=0, atol=1e-6)
+    before = net.features(tokens)
+    dict(net.named_parameters())["blocks.0.attention.qkv"][: 2 * 24].mul_(3)  # queries and keys
+    assert torch.allclose(net.features(tokens), before, atol=1e-6) == ("qk_norm" in norms)
+
+
 @torch.no_grad()
 def test_rows_of_unequal_length_each_see_their_own_past_only() -> None:
     net, tokens, lengths = model(), ids(3, 14), [9, 1, 5]
