@@ -24,8 +24,8 @@ from ablate.cli.common import (
     table_of,
     with_progress,
 )
-from ablate.cli.waiting import Steps, busy
-from ablate.config import ConfigError, Trial, load_study
+from ablate.cli.waiting import Steps, busy, say
+from ablate.config import ConfigError, Trial, load_study, masked
 from ablate.files import write_text
 from ablate.training.lifeline import out_of_reach, processes
 
@@ -180,9 +180,18 @@ def ui(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 5000,
 ) -> None:
     """Open MLflow's UI on this project's runs, on 127.0.0.1 only (it has no authentication)."""
-    from ablate.tracking.store import serve
+    from ablate.tracking.pages import check_port, serve
+    from ablate.tracking.store import default_uri, prepare_store
 
-    raise typer.Exit(serve(ROOT.resolve(), port))
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or default_uri(ROOT.resolve())
+    if uri.startswith("http"):
+        print(f"MLflow runs at {masked(uri)}")
+        return
+    check_port(port)
+    with busy("opening MLflow's database"):
+        studies = [e for e in prepare_store(uri).search_experiments(order_by=["name"]) if e.name != "Default"]
+    say("starting MLflow ...")
+    raise typer.Exit(serve(uri, studies, port))
 
 
 @app.command()

@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # it needs torch
     from ablate.training.result import Evaluation
 
-EVERY = 3.0
-"""Seconds between two lines about a training."""
-AGAIN = 10.0
-"""Seconds between two lines about other work."""
+AGAIN = 3.0
+"""Seconds between two lines."""
 
 
 def say(text: str) -> None:
@@ -57,7 +55,7 @@ class Steps:
     def stepped(self, step: int, total: int) -> bool:
         """Say how far the training is; it goes on."""
         now = time.monotonic()
-        if not self.quiet and now - self._said > EVERY:
+        if not self.quiet and now - self._said > AGAIN:
             self._said = now
             say(f"step {step} of {total}")
         return False

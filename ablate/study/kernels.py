@@ -17,7 +17,7 @@ from ablate.files import write_text
 from ablate.training.lifeline import out_of_reach
 
 SOURCES = Path(ablate.__file__).parent / "kernels"
-EVERY = 15.0
+EVERY = 3.0
 """Seconds between two lines."""
 
 

@@ -20,7 +20,7 @@ from ablate.study.designs import Plan
 from ablate.study.job import Event
 from ablate.study.leaders import leaders
 
-AGAIN = 10.0
+AGAIN = 3.0
 """Seconds between two lines while something goes on and there is no table."""
 
 

@@ -1,18 +1,16 @@
-"""MLflow's store: make it ready, serve its pages, find the runs of a study, put values in the form it takes."""
+"""MLflow's store: make it ready, find the runs of a study, put values in the form it takes."""
 
 from __future__ import annotations
 
 import getpass
 import json
 import os
-import signal
-import socket
 import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +24,11 @@ from ablate.study.address import alone_with, check_address, refusals, sqlite_pat
 from ablate.study.checkout import checkout_id
 from ablate.study.threads import environment
 from ablate.tracking import tags as names
+from ablate.tracking.pages import show_columns
 
 PARAMS_A_BATCH = 100
 LONGEST_NAME = 250
 """Characters of a parameter's or metric's name."""
-JOBS = "MLFLOW_SERVER_ENABLE_JOB_EXECUTION"
-BACKEND = "MLFLOW_BACKEND_STORE_URI"
-"""Where MLflow's server finds the database: its arguments could be read by every user of the machine."""
 MIGRATED = "ABLATE_MIGRATED_STORE"
 STORES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https")
 """Kinds of store that MLflow knows."""
@@ -117,45 +113,6 @@ def _migrate(uri: str) -> None:
         )
 
 
-def serve(root: Path, port: int = 5000, uri: str | None = None) -> int:
-    """Run MLflow's UI on 127.0.0.1 (it has no authentication) until Ctrl-C; prints its address. Returns its exit code.
-
-    Raises ConfigError for a store that cannot be used, and for a port that is taken.
-    """
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(root)
-    if uri.startswith("http"):
-        print(f"MLflow runs at {masked(uri)}")
-        return 0
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise ConfigError(f"port is {port}: it cannot be used ({error.strerror}); choose another") from None
-    studies = prepare_store(uri).search_experiments(order_by=["name"])
-    address = f"http://127.0.0.1:{port}"
-    print(f"MLflow at {address} (Ctrl-C ends it)", flush=True)
-    for study in studies:
-        # Without the workflow type MLflow 3 opens an experiment on its pages for prompts and traces, not on its runs.
-        if study.name != "Default":
-            print(
-                f"  {study.name}: {address}/#/experiments/{study.experiment_id}/runs?workflowType=machine_learning",
-                flush=True,
-            )
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    # Its job workers serve prompts and traces, which are not used here. A session of its own: the server starts others,
-    # which end with it.
-    process = subprocess.Popen(command, env={**os.environ, JOBS: "false", BACKEND: uri}, start_new_session=True)
-    try:
-        return process.wait()
-    finally:
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, number)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=2)
-
-
 def study_run(
     client: MlflowClient, experiment: str, study: Study, space: str, notes: Sequence[str], checkout: str, *, own: bool
 ) -> tuple[str, bool]:
@@ -163,6 +120,7 @@ def study_run(
 
     `own` says that nobody else uses the store: a run without a checkout's name, of an earlier version, is its own then.
     """
+    show_columns(client, experiment, study)
     wanted = f"tags.`{names.ROLE}` = 'study' and tags.`{names.SPACE}` = '{space}'"
     for run in client.search_runs([experiment], wanted, run_view_type=ViewType.ACTIVE_ONLY, max_results=1000):
         owner = run.data.tags.get(names.CHECKOUT)

@@ -10,7 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-from ablate.tracking.store import JOBS, default_uri
+from ablate.tracking.pages import JOBS
+from ablate.tracking.store import default_uri
 
 
 def _free_port() -> int:

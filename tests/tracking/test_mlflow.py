@@ -27,6 +27,7 @@ from ablate.study.runner import run_study
 from ablate.tracking import tags
 from ablate.tracking.log_report import log_evaluation, log_report
 from ablate.tracking.models import log_model
+from ablate.tracking.pages import VIEW_TAG
 from ablate.tracking.spool import Spool, spool_path
 from ablate.tracking.store import default_uri, prepare_store
 from ablate.tracking.tracker import MlflowTracker
@@ -86,7 +87,11 @@ def test_a_study_is_a_run_and_its_trials_are_children(root: Path) -> None:
     ]
     shown = [a.path for a in client.list_artifacts(child.info.run_id, "preview")]
     assert shown == ["preview/evaluations.html", "preview/evaluations.png"]
-    assert client.get_experiment(child.info.experiment_id).tags[tags.EXPERIMENT_KIND] == tags.MODEL_TRAINING
+    experiment = client.get_experiment(child.info.experiment_id)
+    assert experiment.tags[tags.EXPERIMENT_KIND] == tags.MODEL_TRAINING
+    view = json.loads(experiment.tags[VIEW_TAG])
+    assert (view["orderByKey"], view["orderByAsc"]) == ("metrics.`bpb`", True)
+    assert {name.strip("`").removeprefix("metrics.`") for name in view["selectedColumns"]} <= {*child.data.metrics}
     for run in (parent, child):
         assert run.data.tags[tags.SOURCE] == "ablate study run studies/cheap.yaml"
         assert run.data.tags[tags.USER]
