@@ -10,6 +10,11 @@ def cap(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
+def many(count: int, noun: str) -> str:
+    """Return a count with its noun: 1 test, 2 tests."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def short(factor: str) -> str:
     """Return a factor's name without its section and underscores."""
     return factor.partition(".")[2].replace("_", " ")

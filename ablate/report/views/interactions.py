@@ -74,7 +74,7 @@ def interactions(c: Context) -> View:
     ] or [_none_stands(pairs)]
     if effects["left_out"]:
         view.reading.append(
-            f"{len(effects['left_out'])} interaction term(s) cannot be estimated from these runs and are left out."
+            f"Interactions that these runs cannot estimate ({len(effects['left_out'])} terms) are left out."
         )
     view.widgets.append(
         (

@@ -87,7 +87,7 @@ def _effect_reading(c: Context) -> list[str]:
     diverged = sum(e["kept"] for e in c.findings["exclusions"])
     if diverged:
         out.append(
-            f"{diverged} diverged run(s) count with the untrained model's {q}, which widens every interval on {q}."
+            f"Diverged runs ({diverged}) count with the untrained model's {q}, which widens every interval on {q}."
         )
     out.append(
         "Intervals of ω² resample seeds; in simulated studies they cover 78% at three seeds and 87% at eight, not 95%."

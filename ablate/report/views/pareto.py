@@ -47,7 +47,7 @@ def pareto(c: Context) -> View:
     lost = sum(e["kept"] for e in c.findings["exclusions"])
     if lost:
         view.reading.append(
-            f"{lost} diverged run(s) count in the table with the untrained model's {q.short} and are not drawn."
+            f"Diverged runs ({lost}) count in the table with the untrained model's {q.short} and are not drawn."
         )
     return view
 
@@ -85,7 +85,7 @@ def _figure(c: Context, view: View, arms: list[dict[str, Any]], finished: pl.Dat
         bottom, top = _range(c, values)
         off, side = (values > top, "above") if quality.better == "lower" else (values < bottom, "under")
         if off.any():
-            view.reading.append(f"{int(off.sum())} finished run(s) lie {side} the drawn range; the table has them.")
+            view.reading.append(f"Finished runs {side} the drawn range ({int(off.sum())}) are in the table only.")
         pad = 0.06 * max(top - max(float(values.min()), bottom), 1e-3)
         ax.set_ylim(bottom - pad, top + pad)
         traces += _lines(c, ax)

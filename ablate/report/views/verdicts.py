@@ -15,7 +15,7 @@ from ablate.report.draw import rows_above, versus, zero
 from ablate.report.parts import Table, View
 from ablate.report.style import GRID, NARROW, VERDICT_COLOUR, VERDICT_MARK, new
 from ablate.report.tables import cells
-from ablate.report.wording import cap
+from ablate.report.wording import cap, many
 
 TEXT = ("over text ±", ".4f", "95% half width over the windows of the held-out text, the arms as they are")
 FOREST = 14  # rows an endpoint has in the forest plot
@@ -135,7 +135,7 @@ def _summary(c: Context) -> list[str]:
     for family in c.findings["families"]:
         own = [f for f in [*found, *c.findings["recovered"], *c.findings["pruning"]] if f["family"] == family["family"]]
         method = {"holm": "Holm", "bh": "Benjamini-Hochberg"}[family["adjustment"]]
-        out.append(f"{cap(family['what'])}: {counts(own)} ({family['size']} tests in the family, {method}).")
+        out.append(f"{cap(family['what'])}: {counts(own)} ({many(family['size'], 'test')} in the family, {method}).")
     out.append(f"These verdicts rest on: {RULES[c.findings['rate_rule']]}.")
     over = [f["over_text"] for f in found if "over_text" in f]
     if over:
