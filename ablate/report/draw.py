@@ -11,8 +11,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.transforms import Bbox
 
-from ablate.report.style import DASHES, MARKERS, MUTED, PLOTLY_MARKERS, ArmStyle, Styles, new
+from ablate.report.style import DASHES, INK, MARKERS, MUTED, PLOTLY_MARKERS, ArmStyle, Styles, lay_out, new
 
 
 def panels(
@@ -121,6 +122,39 @@ def rows_above(ax: Axes, names: Sequence[str]) -> None:
         )
     ax.set_yticks([])
     ax.set_ylim(-0.6, len(names) - 0.1)
+
+
+PLACES = ((6, 4, "left"), (-6, 4, "right"), (6, -11, "left"), (-6, -11, "right"), (0, 9, "center"), (0, -17, "center"))
+"""Where a name may be beside its mark (points to the right, points up, alignment), best first."""
+MARK_POINTS = 5.0
+"""Half the width of a mark that no name may cover."""
+
+
+def name_marks(figure: Figure, ax: Axes, names: Sequence[tuple[str, float, float]]) -> list[str]:
+    """Write a name beside each mark (name, x, y), where there is room, and return those written; the first come first.
+
+    Lays the figure out, so it is called when all else is drawn.
+    """
+    lay_out(figure)
+    point = figure.dpi / 72
+    taken = []
+    for _, x, y in names:
+        across, up = ax.transData.transform((x, y))
+        half = MARK_POINTS * point
+        taken.append(Bbox.from_extents(across - half, up - half, across + half, up + half))
+    written = []
+    for name, x, y in names:
+        for across, up, align in PLACES:
+            text = ax.annotate(
+                name, (x, y), xytext=(across, up), textcoords="offset points", fontsize=8, color=INK, ha=align
+            )
+            box = text.get_window_extent()
+            if not any(box.overlaps(other) for other in taken) and ax.bbox.x0 <= box.x0 and box.x1 <= ax.bbox.x1:
+                taken.append(box)
+                written.append(name)
+                break
+            text.remove()
+    return written
 
 
 def note(ax: Axes, text: str) -> None:

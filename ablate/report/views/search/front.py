@@ -8,9 +8,9 @@ import polars as pl
 
 from ablate.config.endpoints import label_of
 from ablate.report.context import Context
-from ablate.report.draw import cut_poor_end, few_ticks, legend, mark, plotly_mark, wrap
+from ablate.report.draw import cut_poor_end, few_ticks, legend, mark, name_marks, plotly_mark, wrap
 from ablate.report.parts import View
-from ablate.report.style import INK, MUTED, new
+from ablate.report.style import MUTED, new
 from ablate.report.views.search.words import axis, better, nothing, objectives, short_names, sound
 
 LIKELY = 0.1  # probability of being on the front from which a candidate is drawn with its interval
@@ -42,14 +42,16 @@ def front(c: Context) -> View:
         )
     pairs = [(known[0], o) for o in known[1:]]
     figure = new(7.2, 4.4) if len(pairs) == 1 else new(7.6, 3.4)
-    for k, (ax, (quality, other)) in enumerate(
-        zip(figure.subplots(1, len(pairs), squeeze=False)[0], pairs, strict=True)
-    ):
+    axes = figure.subplots(1, len(pairs), squeeze=False)[0]
+    for k, (ax, (quality, other)) in enumerate(zip(axes, pairs, strict=True)):
         _scatter(c, ax, rows, quality, other, first=k == 0)
     legend(figure, c.styles, columns=4)
+    for ax, (quality, other) in zip(axes, pairs, strict=True):
+        means = [(r["arm"], r["racing"][other]["mean"], r["racing"][quality]["mean"]) for r in rows if r["on_front"]]
+        name_marks(figure, ax, [(wrap(arm, 12, 1), x, y) for arm, x, y in means])
     caption = (
-        "Racing means of the candidates. Step line and names: the front. Bars: 95% intervals of the candidates in the legend "
-        "and of those that may be on the front. Squares round a mark: the same candidate on fresh seeds"
+        "Racing means of the candidates. Step line: the front, with names where there is room. Bars: 95% intervals of the "
+        "candidates in the legend and of those that may be on the front. Squares round a mark: the same candidate on fresh seeds"
     )
     view.figures.append(("front", caption, figure))
     if len(pairs) == 1:
@@ -74,9 +76,6 @@ def _scatter(c: Context, ax: Any, rows: list[dict[str, Any]], quality: str, othe
             ax.plot([x["mean"]] * 2, y["interval"], color=style.colour, linewidth=0.8, alpha=0.7)
         look = {"markersize": 6 if likely else 3.5, "alpha": 1.0 if likely else 0.5}
         ax.plot(x["mean"], y["mean"], linestyle="none", **look, **mark(style))
-        if r["on_front"]:
-            at_mark = {"xytext": (6, 5), "textcoords": "offset points", "fontsize": 8, "color": INK}
-            ax.annotate(wrap(r["arm"], 12, 1), (x["mean"], y["mean"]), **at_mark)
         if r["fresh"]:
             at = r["fresh"][other]["mean"], r["fresh"][quality]["mean"]
             ax.plot([x["mean"], at[0]], [y["mean"], at[1]], ":", color=style.colour, linewidth=1)
