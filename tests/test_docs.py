@@ -91,6 +91,7 @@ def test_the_citation_names_the_version() -> None:
     assert f"[{ablate.__version__}] - {cited['date-released']}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.soak_short
 def test_the_documentation_builds_without_a_warning(tmp_path: Path) -> None:
     command = [
         sys.executable,

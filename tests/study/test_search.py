@@ -419,6 +419,7 @@ def test_every_level_is_drawn_where_it_can_exist() -> None:
     assert {(c["tree.depth"], c["tree.leaf_width"]) for c in drawn} >= pairs
 
 
+@pytest.mark.soak_short
 def test_the_dashboard_reads_the_database_while_it_is_written(tmp_path: Path) -> None:
     """Four workers on SQLite while optuna-dashboard polls: no trial fails, no worker dies."""
     import socket
