@@ -138,10 +138,12 @@ BACKENDS: dict[str, Entry] = {
         module="ablate.kernels.cpu.backend",
         ragged="ablate.kernels.ragged.cpu",
         device="cpu",
-        dtypes=frozenset({torch.float32, torch.float64, torch.bfloat16}),
+        dtypes=frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16}),
     ),
     "triton": Entry(
-        module="ablate.kernels.triton.backend", device="cuda", dtypes=frozenset({torch.float32, torch.bfloat16})
+        module="ablate.kernels.triton.backend",
+        device="cuda",
+        dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
     ),
 }
 
@@ -164,8 +166,15 @@ def load(name: str) -> Backend:
     return cast(Backend, importlib.import_module(BACKENDS[name].module))
 
 
+def has_ragged(name: str) -> bool:
+    """Return whether a backend has kernels for ragged trees; the reference has none."""
+    return name in BACKENDS and BACKENDS[name].ragged is not None
+
+
 @functools.cache
-def load_ragged(name: str) -> RaggedBackend | None:
-    """Return a backend's module for ragged trees; None for the reference and for backends without one."""
-    module = BACKENDS[name].ragged if name in BACKENDS else None
-    return None if module is None else cast(RaggedBackend, importlib.import_module(module))
+def load_ragged(name: str) -> RaggedBackend:
+    """Return a backend's module for ragged trees; raises ValueError for one without."""
+    module = BACKENDS[name].ragged
+    if module is None:
+        raise ValueError(f"backend {name!r} has no kernels for ragged trees")
+    return cast(RaggedBackend, importlib.import_module(module))

@@ -6,16 +6,19 @@ the spec as its key, a string.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from ablate.kernels import reference
-from ablate.kernels.backend import REFERENCE, choose, load
+from ablate.kernels.backend import BACKENDS, REFERENCE, choose, load
 from ablate.kernels.spec import NodeBackward, TreeSpec, parse_spec
+
+T = TypeVar("T", Tensor, Tensor | None)
 
 INSTEAD = "with backend='reference', plain PyTorch, it has one"
 
@@ -61,21 +64,19 @@ def tree_feedforward(
     check_input(x, w_in)
     if node_backward != "own" and not (spec.placement == "unit" and spec.node_output):
         raise ValueError(f"node_backward is {node_backward!r}: it needs placement 'unit' and node_output on")
-    flat, w_in, b, w_out = cast_for_autocast(x.reshape(-1, d), w_in, b, w_out)
+    dtype, given = compute_dtype(x, w_in, backend), output_dtype(x)
+    flat, w_in = cast_to(dtype, x.reshape(-1, d)), cast_to(dtype, w_in)
+    b, w_out = cast_to(dtype, b), cast_to(dtype, w_out)
     chosen = choose(backend, flat.device, flat.dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         if chosen == REFERENCE:
             y, leaves, responses = reference.forward(flat, w_in, b, w_out, thresholds, leaves, spec, node_backward)
         else:
             refuse_tangents(flat, w_in, b, w_out)
-            own = node_backward == "own"
-            w, bias = (w_in, b) if own else (w_in.detach(), None if b is None else b.detach())
-            y, leaves, responses = forward_operator(flat, w, bias, w_out, thresholds, leaves, chosen, spec.key)
-            if not own:
-                y = _OtherSlope.apply(  # type: ignore[no-untyped-call]
-                    y, w_in, b, flat, w_out, leaves, responses, spec, chosen, node_backward
-                )
-    return TreeOutput(y.reshape(x.shape), leaves, responses)
+            y, leaves, responses = forward_operator(
+                flat, w_in, b, w_out, thresholds, leaves, chosen, spec.key, node_backward
+            )
+        return TreeOutput(y.to(given).reshape(x.shape), leaves, responses)
 
 
 def route(
@@ -88,10 +89,15 @@ def route(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Return leaves int32 [N, K] and node responses on the path [N, K, D] for x [..., d], without computing outputs."""
-    flat = x.detach().reshape(-1, x.shape[-1])
+    dtype = compute_dtype(x, w_in, backend)
+    flat, w = cast_to(dtype, x.detach().reshape(-1, x.shape[-1])), cast_to(dtype, w_in.detach())
+    bias = cast_to(dtype, None if b is None else b.detach())
     chosen = choose(backend, flat.device, flat.dtype)
-    find = reference.route if chosen == REFERENCE else load(chosen).route
-    return find(flat, w_in.detach(), None if b is None else b.detach(), thresholds, spec)
+    with without_autocast(x.device):
+        if chosen == REFERENCE:
+            return reference.route(flat, w, bias, thresholds, spec)
+        leaves, z = route_operator(flat, w, bias, thresholds, chosen, spec.key)
+        return leaves, z
 
 
 def check_input(x: Tensor, w_in: Tensor) -> None:
@@ -103,7 +109,7 @@ def check_input(x: Tensor, w_in: Tensor) -> None:
         raise ValueError(f"the input is {x.dtype}: floating-point numbers are expected")
     if x.device != w_in.device:
         raise ValueError(f"the input is on {x.device}, the layer on {w_in.device}: move one of them")
-    if x.dtype != w_in.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != w_in.dtype and autocast_dtype(x.device) is None:
         raise ValueError(f"the input is {x.dtype}, the layer {w_in.dtype}: convert one of them, or use torch.autocast")
 
 
@@ -127,14 +133,41 @@ def check_shapes(wanted: Mapping[str, tuple[Tensor | None, tuple[int, ...]]], x:
             )
 
 
-def cast_for_autocast(
-    x: Tensor, w_in: Tensor, b: Tensor | None, w_out: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Return the tensors in autocast's dtype where autocast is on, and as they are elsewhere."""
-    if not torch.is_autocast_enabled(x.device.type):
-        return x, w_in, b, w_out
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return x.to(dtype), w_in.to(dtype), None if b is None else b.to(dtype), w_out.to(dtype)
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return autocast's dtype on a device; None where autocast is off, or the device (meta) knows none."""
+    kind = device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def compute_dtype(x: Tensor, w_in: Tensor, backend: str = "auto") -> torch.dtype | None:
+    """Return the dtype that x and the weights are to be cast to; None where autocast is off: they stay as they are.
+
+    Under autocast it is autocast's on GPUs and the weights' on CPUs: their kernels compute in float32 at least, so
+    that rounding the weights first would cost time and move routes for nothing.
+    """
+    wanted = autocast_dtype(x.device)
+    if wanted is None:
+        return None
+    name = choose(backend, x.device, w_in.dtype)
+    widens = x.device.type == "cpu" and (name == REFERENCE or BACKENDS[name].device == "cpu")
+    return w_in.dtype if widens else wanted
+
+
+def output_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of y: autocast's where it is on, and x's elsewhere."""
+    return autocast_dtype(x.device) or x.dtype
+
+
+def cast_to(dtype: torch.dtype | None, tensor: T) -> T:
+    """Return a tensor in a dtype, as it is for None; None stays None."""
+    return tensor if tensor is None or dtype is None else tensor.to(dtype)
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which operations on a device keep the dtypes of their arguments."""
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def or_empty(gradient: Tensor | None, like: Tensor) -> Tensor:
@@ -152,6 +185,7 @@ def forward_operator(
     leaves: Tensor | None,
     backend: str,
     spec: str,
+    node_backward: str = "own",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The forward pass of `backend` for the spec with key `spec`; see `tree_feedforward`."""
     y, taken, responses = load(backend).forward(x, w_in, b, w_out, thresholds, leaves, parse_spec(spec))
@@ -160,12 +194,29 @@ def forward_operator(
 
 
 @forward_operator.register_fake
-def _(x, w_in, b, w_out, thresholds, leaves, backend, spec):  # type: ignore[no-untyped-def]
+def _(x, w_in, b, w_out, thresholds, leaves, backend, spec, node_backward="own"):  # type: ignore[no-untyped-def]
     n, shape = x.shape[0], parse_spec(spec)
     return (
         x.new_empty(x.shape),  # contiguous, also where x is not
         x.new_empty((n, shape.trees), dtype=torch.int32),
         x.new_empty((n, shape.trees, shape.path), dtype=torch.promote_types(x.dtype, torch.float32)),
+    )
+
+
+@torch.library.custom_op("ablate::tree_route", mutates_args=())
+def route_operator(
+    x: Tensor, w_in: Tensor, b: Tensor | None, thresholds: Tensor | None, backend: str, spec: str
+) -> tuple[Tensor, Tensor]:
+    """The leaves and node responses of `backend` for the spec with key `spec`; see `route`."""
+    return load(backend).route(x, w_in, b, thresholds, parse_spec(spec))
+
+
+@route_operator.register_fake
+def _(x, w_in, b, thresholds, backend, spec):  # type: ignore[no-untyped-def]
+    n, shape = x.shape[0], parse_spec(spec)
+    return (
+        x.new_empty((n, shape.trees), dtype=torch.int32),
+        x.new_empty((n, shape.trees, shape.depth), dtype=torch.promote_types(x.dtype, torch.float32)),
     )
 
 
@@ -197,25 +248,58 @@ def _(gy, x, w_in, b, w_out, leaves, responses, needs, backend, spec):  # type: 
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, w_in, b, w_out, _thresholds, _leaves, backend, spec = inputs
+    x, w_in, b, w_out, _thresholds, _leaves, backend, spec, node_backward = inputs
     _, leaves, responses = output
     ctx.mark_non_differentiable(leaves, responses)
     ctx.set_materialize_grads(False)
-    ctx.has_bias, ctx.backend, ctx.spec = b is not None, backend, spec
+    ctx.has_bias, ctx.backend, ctx.spec, ctx.node_backward = b is not None, backend, spec, node_backward
     ctx.save_for_backward(x, w_in, *([b] if b is not None else []), w_out, leaves, responses)
 
 
 def _backward(ctx: Any, gy: Tensor | None, _leaves: Any, _responses: Any) -> tuple[Any, ...]:
-    untouched = (None,) * 4  # thresholds, leaves, backend, spec
+    untouched = (None,) * 5  # thresholds, leaves, backend, spec, node_backward
     if gy is None:
         return (None, None, None, None, *untouched)
     saved = list(ctx.saved_tensors)
     b = saved.pop(2) if ctx.has_bias else None
     x, w_in, w_out, leaves, responses = saved
     needs = list(ctx.needs_input_grad[:4])
-    grads = backward_operator(gy, x, w_in, b, w_out, leaves, responses, needs, ctx.backend, ctx.spec)
+    own = ctx.node_backward == "own"
+    asked = needs if own else [needs[0], False, False, needs[3]]
+    grads = list(backward_operator(gy, x, w_in, b, w_out, leaves, responses, asked, ctx.backend, ctx.spec))
+    if not own and (needs[1] or needs[2]):
+        grads[1:3] = _other_slope(gy, x, w_in, b, w_out, leaves, responses, needs, ctx)
     kept = [g if n else None for g, n in zip(grads, needs, strict=True)]
     return (*kept, *untouched)
+
+
+def _other_slope(
+    gy: Tensor,
+    x: Tensor,
+    w_in: Tensor,
+    b: Tensor | None,
+    w_out: Tensor,
+    leaves: Tensor,
+    responses: Tensor,
+    needs: list[bool],
+    ctx: Any,
+) -> list[Tensor]:
+    """Return the gradients of w_in and b with another slope at the nodes, by the backend's own kernels.
+
+    A backward kernel learns phi' from the spec and the recorded responses alone, so other slopes are other arguments.
+    """
+    spec = parse_spec(ctx.spec)
+    flipped = torch.cat([-responses[..., : spec.depth], responses[..., spec.depth :]], dim=-1)
+    ways = {
+        "flip": [(spec, flipped)],
+        "flat": [(spec, responses), (spec, flipped)],
+        "base": [(dataclasses.replace(spec, node_mirror=0.0), responses)],
+    }[ctx.node_backward]
+    found = [
+        backward_operator(gy, x, w_in, b, w_out, leaves, z, [False, *needs[1:3], False], ctx.backend, way.key)[1:3]
+        for way, z in ways
+    ]
+    return [cast(Tensor, sum(parts)) / len(ways) for parts in zip(*found, strict=True)]
 
 
 def no_second(ctx: Any, *_: Any) -> Any:
@@ -225,48 +309,3 @@ def no_second(ctx: Any, *_: Any) -> Any:
 
 forward_operator.register_autograd(_backward, setup_context=_setup_context)
 backward_operator.register_autograd(no_second)
-
-
-class _OtherSlope(torch.autograd.Function):
-    """y unchanged; adds the gradients of w_in and b with another slope at the nodes, by the backend's own kernels.
-
-    A backward kernel learns phi' from the spec and the recorded responses alone, so other slopes are other arguments.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        y: Tensor,
-        w_in: Tensor,
-        b: Tensor | None,
-        x: Tensor,
-        w_out: Tensor,
-        leaves: Tensor,
-        responses: Tensor,
-        spec: TreeSpec,
-        backend: str,
-        node_backward: NodeBackward,
-    ) -> Tensor:
-        ctx.save_for_backward(x, w_in, w_out, leaves, responses, *([] if b is None else [b]))
-        ctx.settings = spec, backend, node_backward
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
-        x, w_in, w_out, leaves, responses, *rest = ctx.saved_tensors
-        b = rest[0] if rest else None
-        spec, backend, node_backward = ctx.settings
-        flipped = responses.clone()
-        flipped[..., : spec.depth].neg_()
-        ways = {
-            "flip": [(spec, flipped)],
-            "flat": [(spec, responses), (spec, flipped)],
-            "base": [(dataclasses.replace(spec, node_mirror=0.0), responses)],
-        }[node_backward]
-        needs = [False, ctx.needs_input_grad[1], b is not None and ctx.needs_input_grad[2], False]
-        gw, gb = torch.zeros_like(w_in), None if b is None else torch.zeros_like(b)
-        for way, z in ways:
-            grads = backward_operator(gy, x, w_in, b, w_out, leaves, z, needs, backend, way.key)
-            gw = gw.add_(grads[1], alpha=1 / len(ways)) if needs[1] else gw
-            gb = gb.add_(grads[2], alpha=1 / len(ways)) if gb is not None and needs[2] else gb
-        return (gy, gw, gb, *(None,) * 7)

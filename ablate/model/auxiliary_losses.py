@@ -9,11 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ablate.kernels.op import cast_to, compute_dtype, without_autocast
+
 
 def node_responses(x: Tensor, w_nodes: Tensor, b: Tensor | None) -> Tensor:
     """Return z of every node, [N, K, M], for x [N, d], node rows w_nodes [K, M, d] and biases b [K, M]."""
-    z = torch.einsum("nd,kmd->nkm", x, w_nodes)
-    return z if b is None else z + b
+    dtype = compute_dtype(x, w_nodes)
+    with without_autocast(x.device):
+        z = torch.einsum("nd,kmd->nkm", cast_to(dtype, x), cast_to(dtype, w_nodes))
+        return z if b is None else z + b
 
 
 def leaky_leaves(margin: Tensor, depth: int, leak: float) -> Tensor:
@@ -39,5 +43,6 @@ def load_loss(margin: Tensor, leaves: Tensor, depth: int) -> Tensor:
     for level in range(depth):
         here = slice((1 << level) - 1, (1 << (level + 1)) - 1)
         path = torch.stack([path + log_left[..., here], path + log_right[..., here]], dim=-1).flatten(2)
-    shares = torch.stack([torch.bincount(leaves[:, k].long(), minlength=1 << depth) for k in range(leaves.shape[1])])
+    taken = leaves.T.long()
+    shares = taken.new_zeros(taken.shape[0], 1 << depth).scatter_add_(1, taken, torch.ones_like(taken))
     return (1 << depth) * (shares / leaves.shape[0] * path.exp().mean(0)).sum(1).mean()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -92,6 +92,11 @@ class MixtureFeedForward(nn.Module):
         )
         self.last_load_loss = load_loss(probabilities, chosen) if self.training and self.load_loss else None
         return y.view_as(x)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle holds: the last load loss without its graph, which cannot be copied."""
+        loss = self.last_load_loss
+        return self.__dict__ | {"last_load_loss": None if loss is None else loss.detach()}
 
     def _act(self, z: Tensor) -> Tensor:
         return phi(z, self.mixture.activation, self.mixture.mirror, self.gain)

@@ -71,7 +71,7 @@ class RaggedFeedForward(nn.Module):
             leaves, _ = route(
                 x, self.router_w, self.router_b, self.thresholds, self.shape, self.spec, backend=self.backend
             )
-        y, self.last_leaves, self.last_responses = ragged_feedforward(
+        y, taken, responses = ragged_feedforward(
             x,
             self.w_in,
             self.b,
@@ -82,6 +82,8 @@ class RaggedFeedForward(nn.Module):
             leaves=leaves,
             backend=self.backend,
         )
+        if not torch.compiler.is_exporting():  # an exported graph leaves nothing behind
+            self.last_leaves, self.last_responses = taken, responses
         return y
 
 

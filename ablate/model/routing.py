@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ablate.config import Tree
+from ablate.kernels.op import without_autocast
 from ablate.kernels.reference import path_nodes
 from ablate.kernels.spec import TreeSpec
 
@@ -75,14 +76,8 @@ class CentredNodes(Rule):
 
     def sums(self, nodes: Nodes, x: Tensor, leaves: Tensor, z: Tensor) -> Tensor:
         """Return the sums of `sums_shape`, for each node over the tokens that reached it."""
-        spec, z = nodes.spec, z.to(nodes.thresholds.dtype)
-        levels = torch.arange(spec.depth, device=leaves.device)
-        right = ((leaves.long()[..., None] >> (spec.depth - 1 - levels)) & 1).to(z.dtype)
-        first = torch.arange(spec.trees, device=leaves.device)[:, None] * spec.nodes
-        slot = (path_nodes(leaves, spec.depth) + first).flatten()
-        size = spec.trees * spec.nodes
-        rows = [torch.bincount(slot, v.flatten(), size) for v in (torch.ones_like(z), right, z, z * z)]
-        return torch.stack(rows).view(4, spec.trees, spec.nodes)
+        sums: Tensor = node_sums(leaves, z.to(torch.promote_types(nodes.thresholds.dtype, torch.float32)))
+        return sums
 
     def step(self, nodes: Nodes, sums: Tensor, rate: float) -> None:
         """Move each threshold towards the median of what its node saw, by a share of the responses' deviation."""
@@ -96,6 +91,31 @@ class CentredNodes(Rule):
         nodes.thresholds.add_(torch.where(reached, move, torch.zeros_like(move)))
 
 
+@torch.library.custom_op("ablate::node_sums", mutates_args=())
+def node_sums(leaves: Tensor, z: Tensor) -> Tensor:
+    """Return for each node, over the tokens that reached it: their number, those that went right, sums of z and z².
+
+    `leaves` int32 [N, K], z [N, K, D], the result [4, K, M]. Sums repeat bit for bit and no device is waited for.
+    """
+    trees, depth = z.shape[1:]
+    nodes = (1 << depth) - 1
+    levels = torch.arange(depth, device=z.device)
+    right = ((leaves.long()[..., None] >> (depth - 1 - levels)) & 1).to(z.dtype)
+    first = torch.arange(trees, device=z.device)[:, None] * nodes
+    slot = (path_nodes(leaves, depth) + first).flatten()
+    values = [v.flatten() for v in (torch.ones_like(z), right, z, z * z)]
+    if z.device.type == "cpu":
+        rows = [torch.bincount(slot, v, trees * nodes) for v in values]
+    else:  # bincount would wait for the device and add in any order; accumulating by index sorts first
+        rows = [v.new_zeros(trees * nodes).index_put_((slot,), v, accumulate=True) for v in values]
+    return torch.stack(rows).view(4, trees, nodes)
+
+
+@node_sums.register_fake
+def _(leaves, z):  # type: ignore[no-untyped-def]
+    return z.new_empty(4, z.shape[1], (1 << z.shape[2]) - 1)
+
+
 class CentredInput(Rule):
     """`router_input: centred`: nodes decide by x minus its running mean."""
 
@@ -105,7 +125,8 @@ class CentredInput(Rule):
 
     def shift(self, nodes: Nodes) -> Tensor:
         """Return the nodes' responses to the mean."""
-        return nodes.router()[0].detach() @ nodes.input_mean
+        with without_autocast(nodes.input_mean.device):  # a threshold that is rounded moves routes
+            return nodes.router()[0].detach() @ nodes.input_mean
 
     def sums(self, nodes: Nodes, x: Tensor, leaves: Tensor, z: Tensor) -> Tensor:
         """Return the sums of `sums_shape`."""

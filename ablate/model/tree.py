@@ -150,14 +150,20 @@ class TreeFeedForward(nn.Module):
             node_backward=self.tree.node_backward,
         )
         decisions = responses[..., : self.spec.depth] if decisions is None else decisions
-        self.last_leaves, self.last_responses, self.last_thresholds = taken, responses, thresholds
-        self.last_decisions = decisions
-        if self.training and not _recomputing():
+        if not torch.compiler.is_exporting():  # an exported graph leaves nothing behind
+            self.last_leaves, self.last_responses, self.last_thresholds = taken, responses, thresholds
+            self.last_decisions = decisions
+        if self.training:
             with torch.no_grad():
                 flat = x.reshape(-1, x.shape[-1])
                 for rule, sums in self.step_sums():
-                    sums.add_(rule.sums(self, flat, taken, decisions))
+                    add_once(sums, rule.sums(self, flat, taken, decisions))
         return y
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle holds: the last load loss without its graph, which cannot be copied."""
+        loss = self.last_load_loss
+        return self.__dict__ | {"last_load_loss": None if loss is None else loss.detach()}
 
     def _learning(self) -> tuple[Tensor, Tensor | None]:
         """Return w_in and b; with `router: fixed` no gradient reaches their node rows."""
@@ -246,6 +252,8 @@ class TreeFeedForward(nn.Module):
             self.router_b.lerp_(self.b[:, : self.spec.nodes], share)
 
 
-def _recomputing() -> bool:
-    """Whether this forward runs inside a backward pass: activation checkpointing computing it again."""
-    return torch._C._current_graph_task_id() != -1
+@torch.library.custom_op("ablate::add_once", mutates_args=("total",))
+def add_once(total: Tensor, part: Tensor) -> None:
+    """Add a part to a total, but not in a forward pass that activation checkpointing computes again."""
+    if torch._C._current_graph_task_id() == -1:  # outside a backward pass
+        total.add_(part)

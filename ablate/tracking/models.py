@@ -62,7 +62,7 @@ def _save(weights: Path, place: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without MLflow's warning on pickle: the class of the model is this project's own, and torch.export cannot save it."""
+    """Without MLflow's warning on pickle: the class of the model is this project's own, and so would an export's operators be."""
     logger = logging.getLogger("mlflow")
     level = logger.level
     logger.setLevel(logging.ERROR)

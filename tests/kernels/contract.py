@@ -23,10 +23,10 @@ from ablate.kernels import reference
 from ablate.kernels.op import TreeOutput, route, tree_feedforward
 from ablate.kernels.spec import TRAITS, Activation, Placement, TreeSpec
 
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2}
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """Largest allowed RMS error of a result, relative to the RMS of the reference's in float64 from equal inputs."""
-EPSILON = {torch.float32: 1e-5, torch.float64: 1e-13, torch.bfloat16: 1e-5}
-"""How near its threshold, relative to |x|·|w| + |b|, a response may decide either way (bf16 inputs are up-cast)."""
+EPSILON = {torch.float32: 1e-5, torch.float64: 1e-13, torch.bfloat16: 1e-5, torch.float16: 1e-5}
+"""How near its threshold, relative to |x|·|w| + |b|, a response may decide either way (16-bit inputs are up-cast)."""
 
 
 @dataclass(frozen=True, kw_only=True)

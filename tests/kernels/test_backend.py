@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from ablate.kernels.backend import BACKENDS, Backend, RaggedBackend, choose, load, load_ragged
+from ablate.kernels.backend import BACKENDS, Backend, RaggedBackend, choose, has_ragged, load, load_ragged
 from ablate.kernels.cpu import backend as cpu
 from ablate.kernels.ragged import cpu as ragged_cpu
 from ablate.kernels.spec import parse_spec
@@ -23,15 +23,16 @@ RAGGED: dict[str, RaggedBackend] = {"cpu": ragged_cpu}
 def test_every_entry_names_a_checked_module() -> None:
     assert {name: load(name) for name in BACKENDS} == MODULES
     assert {name: load_ragged(name) for name in BACKENDS if BACKENDS[name].ragged} == RAGGED
-    assert load_ragged("triton") is None
-    assert load_ragged("reference") is None
+    assert not has_ragged("triton")
+    assert not has_ragged("reference")
 
 
 @pytest.mark.parametrize(
     ("backend", "device", "dtype", "chosen"),
     [
         ("auto", "cpu", torch.float64, "cpu"),
-        ("auto", "cpu", torch.float16, "reference"),
+        ("auto", "cpu", torch.float16, "cpu"),
+        ("auto", "cuda", torch.float16, "triton"),
         ("auto", "cuda", torch.bfloat16, "triton"),
         ("auto", "cuda", torch.float64, "reference"),
         ("auto", "mps", torch.float32, "reference"),

@@ -1,4 +1,4 @@
-"""The shared contract on the tiles strategy, and its comparison with the reference on the other strategies and in bf16.
+"""The shared contract on the tiles strategy; the other strategies, bf16 and fp16 are compared with the reference.
 
 The interpreter takes a second or two for a case, so outside the tiles strategy cases are dealt out.
 """
@@ -30,6 +30,7 @@ class TestTiles(BackendContract):
         *(pytest.param("gather", torch.float32, c, id=f"gather-{c}") for c in CASES[1::4]),
         *(pytest.param("masked", torch.float32, c, id=f"masked-{c}") for c in CASES[2::4]),
         *(pytest.param("tiles", torch.bfloat16, c, id=f"bf16-tiles-{c}") for c in CASES[::6]),
+        *(pytest.param("tiles", torch.float16, c, id=f"fp16-tiles-{c}") for c in CASES[::12]),
         *(pytest.param("gather", torch.bfloat16, c, id=f"bf16-gather-{c}") for c in CASES[3::12]),
     ],
 )

@@ -46,3 +46,28 @@ def test_one_training_step_ends_where_the_reference_does(placement: str) -> None
     assert loss == pytest.approx(want_loss, rel=1e-6)
     for name, weight in weights.items():
         assert torch.allclose(weight, want[name], rtol=1e-5, atol=1e-6), name
+
+
+@pytest.mark.parametrize("router", ["frozen", "tied"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_decides_and_computes_in_bfloat16(router: str, dtype: torch.dtype) -> None:
+    """Also with an input that autocast has already rounded, as the layer before it leaves one."""
+    torch.manual_seed(0)
+    layer = TreeFeedForward(32, trees=2, depth=3, leaf_width=2, router=router, backend="triton")
+    x = torch.randn(20, 32).bfloat16().to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    y.float().sum().backward()
+    low = TreeFeedForward(32, layer.tree, backend="triton")
+    low.load_state_dict(layer.state_dict())
+    want = low.bfloat16()(x.bfloat16())
+    want.float().sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, want)
+    assert layer.last_leaves is not None
+    assert low.last_leaves is not None
+    assert torch.equal(layer.last_leaves, low.last_leaves)
+    for ours, theirs in zip(layer.parameters(), low.parameters(), strict=True):
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        assert torch.equal(ours.grad, theirs.grad.float())

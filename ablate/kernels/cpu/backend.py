@@ -1,8 +1,8 @@
 """The tree layer on CPUs: host side. Cost follows the units on the path, never all units.
 
-Time O(N·K·(D + W)·d), memory beyond inputs and results O(N·K·(D + W) + N·d). float32 and float64; bfloat16 is computed in
-float32 and cast back. Where leaves are given, node responses are computed too, also with `node_output` off, as the
-reference does. Threads are torch's (`torch.get_num_threads`); results are bitwise the same for any number of them.
+Time O(N·K·(D + W)·d), memory beyond inputs and results O(N·K·(D + W) + N·d). float32 and float64; bfloat16 and float16
+are computed in float32 and cast back. Where leaves are given, node responses are computed too, also with `node_output`
+off, as the reference does. Threads are torch's (`torch.get_num_threads`); results are bitwise the same for any number.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Ragged trees on CPUs: the host side of `passes`. bfloat16 is computed in float32 and cast back."""
+"""Ragged trees on CPUs: the host side of `passes`. bfloat16 and float16 are computed in float32 and cast back."""
 
 from __future__ import annotations
 

@@ -7,15 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ablate.kernels.backend import RaggedBackend, choose, load_ragged
+from ablate.kernels.backend import choose, has_ragged, load_ragged
 from ablate.kernels.op import (
     TreeOutput,
-    cast_for_autocast,
+    cast_to,
     check_input,
     check_shapes,
+    compute_dtype,
     no_second,
     or_empty,
+    output_dtype,
     refuse_tangents,
+    without_autocast,
 )
 from ablate.kernels.ragged import reference
 from ablate.kernels.ragged.shape import Shape
@@ -52,17 +55,19 @@ def ragged_feedforward(
     }
     check_shapes(wanted, x, spec)
     check_input(x, w_in)
-    flat, w_in, b, w_out = cast_for_autocast(x.reshape(-1, d), w_in, b, w_out)
+    dtype, given = compute_dtype(x, w_in, backend), output_dtype(x)
+    flat, w_in = cast_to(dtype, x.reshape(-1, d)), cast_to(dtype, w_in)
+    b, w_out = cast_to(dtype, b), cast_to(dtype, w_out)
     chosen = choose(backend, flat.device, flat.dtype)
-    with torch.autocast(x.device.type, enabled=False):
-        if load_ragged(chosen) is None:
+    with without_autocast(x.device):
+        if not has_ragged(chosen):
             y, taken, responses = reference.forward(flat, w_in, b, w_out, thresholds, leaves, shape, spec)
         else:
             refuse_tangents(flat, w_in, b, w_out)
             y, taken, responses = forward_operator(
                 flat, w_in, b, w_out, thresholds, leaves, list(shape), chosen, spec.key
             )
-    return TreeOutput(y.reshape(x.shape), taken, responses)
+        return TreeOutput(y.to(given).reshape(x.shape), taken, responses)
 
 
 def route(
@@ -76,16 +81,15 @@ def route(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Return leaves int32 [N, K] and responses [N, K, D] of the nodes that decided, for x [..., d]; no outputs."""
-    flat = x.detach().reshape(-1, x.shape[-1])
-    kernels = load_ragged(choose(backend, flat.device, flat.dtype))
-    find = reference.route if kernels is None else kernels.route
-    return find(flat, w_in.detach(), None if b is None else b.detach(), thresholds, shape, spec)
-
-
-def _kernels(backend: str) -> RaggedBackend:
-    kernels = load_ragged(backend)
-    assert kernels is not None, f"backend {backend} has no kernels for ragged trees"
-    return kernels
+    dtype = compute_dtype(x, w_in, backend)
+    flat, w = cast_to(dtype, x.detach().reshape(-1, x.shape[-1])), cast_to(dtype, w_in.detach())
+    bias = cast_to(dtype, None if b is None else b.detach())
+    chosen = choose(backend, flat.device, flat.dtype)
+    with without_autocast(x.device):
+        if not has_ragged(chosen):
+            return reference.route(flat, w, bias, thresholds, shape, spec)
+        leaves, z = route_operator(flat, w, bias, thresholds, list(shape), chosen, spec.key)
+        return leaves, z
 
 
 @torch.library.custom_op("ablate::ragged_forward", mutates_args=())
@@ -101,7 +105,7 @@ def forward_operator(
     spec: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The forward pass of `backend` for the spec with key `spec`; see `ragged_feedforward`."""
-    y, taken, responses = _kernels(backend).forward(
+    y, taken, responses = load_ragged(backend).forward(
         x, w_in, b, w_out, thresholds, leaves, Shape(*shape), parse_spec(spec)
     )
     # An operator may not return one of its arguments.
@@ -115,6 +119,24 @@ def _(x, w_in, b, w_out, thresholds, leaves, shape, backend, spec):  # type: ign
         torch.empty_like(x),
         x.new_empty((n, like.trees), dtype=torch.int32),
         x.new_empty((n, like.trees, like.path), dtype=torch.promote_types(x.dtype, torch.float32)),
+    )
+
+
+@torch.library.custom_op("ablate::ragged_route", mutates_args=())
+def route_operator(
+    x: Tensor, w_in: Tensor, b: Tensor | None, thresholds: Tensor, shape: list[Tensor], backend: str, spec: str
+) -> tuple[Tensor, Tensor]:
+    """The leaves and node responses of `backend` for the spec with key `spec`; see `route`."""
+    leaves, z = load_ragged(backend).route(x, w_in, b, thresholds, Shape(*shape), parse_spec(spec))
+    return leaves, z.contiguous()
+
+
+@route_operator.register_fake
+def _(x, w_in, b, thresholds, shape, backend, spec):  # type: ignore[no-untyped-def]
+    n, like = x.shape[0], parse_spec(spec)
+    return (
+        x.new_empty((n, like.trees), dtype=torch.int32),
+        x.new_empty((n, like.trees, like.depth), dtype=torch.promote_types(x.dtype, torch.float32)),
     )
 
 
@@ -133,7 +155,9 @@ def backward_operator(
     spec: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The backward pass of `forward_operator`; a gradient that is not needed is an empty tensor."""
-    grads = _kernels(backend).backward(gy, x, w_in, b, w_out, leaves, responses, Shape(*shape), parse_spec(spec), needs)
+    grads = load_ragged(backend).backward(
+        gy, x, w_in, b, w_out, leaves, responses, Shape(*shape), parse_spec(spec), needs
+    )
     gx, gw_in, gb, gw_out = (or_empty(g, x) for g in grads)
     return gx, gw_in, gb, gw_out
 

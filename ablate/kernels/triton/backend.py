@@ -34,7 +34,8 @@ from ablate.kernels.triton.tiling import (
     shipped,
 )
 
-DTYPES: dict[torch.dtype, DType] = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+# Half precision has bfloat16's size and speed, so it is cut as bfloat16 is.
+DTYPES: dict[torch.dtype, DType] = {torch.bfloat16: "bf16", torch.float16: "bf16", torch.float32: "fp32"}
 _log = logging.getLogger(__name__)
 
 
@@ -87,7 +88,7 @@ def forward(
 ) -> Forward:
     """Compute the layer; y is in x's dtype, responses are fp32.
 
-    x, w_in and w_out are all bf16 or all fp32, on one GPU. Given leaves must lie in [0, L); on a device that is not
+    x, w_in and w_out are all bf16, all fp16 or all fp32, on one GPU. Given leaves must lie in [0, L); on a device that is not
     checked. Raises TypeError for other dtypes and RuntimeError for CPU tensors outside the interpreter.
     """
     d, dtype = x.shape[1], x.dtype
@@ -193,7 +194,9 @@ def _begin(x: Tensor, w_in: Tensor, spec: TreeSpec, *others: Tensor) -> Pass:
     dtype = DTYPES.get(x.dtype)
     if dtype is None or any(w.dtype != x.dtype for w in (w_in, *others)):
         found = [str(t.dtype) for t in (x, w_in, *others)]
-        raise TypeError(f"the triton backend takes x and weights of one dtype, bfloat16 or float32, got {found}")
+        raise TypeError(
+            f"the triton backend takes x and weights of one dtype, bfloat16, float16 or float32, got {found}"
+        )
     if x.device.type == "cpu" and not INTERPRETED:
         raise RuntimeError("the triton backend needs a GPU, or TRITON_INTERPRET=1 set before the first import")
     n, d = x.shape
@@ -204,7 +207,7 @@ def _begin(x: Tensor, w_in: Tensor, spec: TreeSpec, *others: Tensor) -> Pass:
         spec=spec,
         tokens=n,
         d=d,
-        dtype=dtype,
+        dtype=x.dtype,
         tiling=tiling,
         configs=chosen,
         tile_levels=_policy.tile_levels,

@@ -19,7 +19,7 @@ from torch import Tensor
 from ablate.kernels.spec import TreeSpec, is_identity
 from ablate.kernels.triton import gather, path_sum, pointwise, tiles, weight_grad
 from ablate.kernels.triton.orders import Order, segments, sort_tokens, splits
-from ablate.kernels.triton.tiling import Config, DType, Piece, Tiling, grad_pieces
+from ablate.kernels.triton.tiling import Config, Piece, Tiling, grad_pieces
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -31,7 +31,7 @@ class Pass:
     spec: TreeSpec
     tokens: int
     d: int
-    dtype: DType
+    dtype: torch.dtype
     tiling: Tiling
     configs: Mapping[str, Config]
     tile_levels: int
@@ -44,7 +44,7 @@ class Pass:
 
     def empty(self, *shape: int, like_input: bool = False) -> Tensor:
         """An allocation, fp32 or in the input's dtype; for the interpreter always fp32: it rounds to bf16 wrongly."""
-        dtype = torch.bfloat16 if like_input and self.dtype == "bf16" and not INTERPRETED else torch.float32
+        dtype = self.dtype if like_input and not INTERPRETED else torch.float32
         return torch.empty(shape, dtype=dtype, device=self.where)
 
     def respond(
