@@ -27,6 +27,12 @@ def sum_over_ranks(tensor: Tensor) -> None:
         torch.distributed.all_reduce(tensor)
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of a tensor that is sharded over processes, which all take part; any other as it is."""
+    gather_all = getattr(tensor, "full_tensor", None)  # not by class: its import takes a second
+    return tensor if gather_all is None else gather_all()
+
+
 def gather(value: T) -> list[T]:
     """Return every process's value, in order of rank; values are pickled."""
     if world_size() == 1:

@@ -259,15 +259,10 @@ class Train(Grown):
     devices: Positive = 1
     """Devices one trial trains on."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    """How several devices share a trial."""
+    """How several devices share a trial: ddp (auto), each holds the whole model; fsdp, each holds a share of every weight."""
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
-        if self.strategy == "fsdp":
-            raise ValueError(
-                "strategy is 'fsdp': it is not supported, as decay of single rows and the balance metrics read whole "
-                "weights; 'ddp' is expected"
-            )
         if self.router_rate != 1 and not self.router_steps:
             raise ValueError(f"router_rate is {self.router_rate}: it needs router_steps")
         parts = self.accumulate * self.devices

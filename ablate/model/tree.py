@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ablate.config import Tree, parse
-from ablate.distributed import sum_over_ranks
+from ablate.distributed import sum_over_ranks, whole
 from ablate.kernels.activations import unit_gain
 from ablate.kernels.op import check_input, route, tree_feedforward
 from ablate.kernels.reference import path_nodes
@@ -247,9 +247,9 @@ class TreeFeedForward(nn.Module):
         if self.tree.router != "frozen":
             return
         if self.router_w is not None:
-            self.router_w.lerp_(self.w_in[:, : self.spec.nodes], share)
+            self.router_w.lerp_(whole(self.w_in)[:, : self.spec.nodes], share)
         if self.router_b is not None and self.b is not None:
-            self.router_b.lerp_(self.b[:, : self.spec.nodes], share)
+            self.router_b.lerp_(whole(self.b)[:, : self.spec.nodes], share)
 
 
 @torch.library.custom_op("ablate::add_once", mutates_args=("total",))

@@ -26,6 +26,7 @@ from ablate.tasks.task import TrialTask
 from ablate.training.module import TrialModule
 from ablate.training.result import Evaluation, Observer, Status
 from ablate.training.schedule import learning_rate
+from ablate.training.sharding import gathered
 
 USAGE_PARTS = "usage"
 
@@ -125,11 +126,8 @@ class Evaluator(pl.Callback):
         measured: dict[str, float] = {}
         balance: dict[str, float] = {}
         if not lost:
-            loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
-            windows = self.windows.add if step == train.steps else None
-            with self._probe.held_out():
-                measured = self.task.measure(module.model, loader, self._probe.watch, windows)
-            self.windows.close()
+            with gathered(module.model):  # processes run it on different numbers of batches
+                measured, moved = self._measure(trainer, module, step)
             if not np.isfinite(measured[quality_of(self.trial.task.kind).name]):
                 self._stop(trainer, "diverged", f"the held-out loss was not finite at step {step}")
                 measured = {}
@@ -137,7 +135,6 @@ class Evaluator(pl.Callback):
                 balance = self._probe.summary()
                 if trainer.is_global_zero:
                     probe = self._probe
-                    moved = self._motion(step, module.model, probe.ids) if self._motion else None
                     self._parts.write(step, probe.rows(step), probe.tree_rows(step), probe.leaves, moved)
         evaluation = Evaluation(
             step=step,
@@ -154,6 +151,19 @@ class Evaluator(pl.Callback):
         if given_up and self.status == "finished":
             self._stop(trainer, "pruned", f"pruned at step {step}")
         self._since = time.perf_counter()
+
+    def _measure(
+        self, trainer: pl.Trainer, module: TrialModule, step: int
+    ) -> tuple[dict[str, float], pl_frames.DataFrame | None]:
+        """Run the model on held-out and probe inputs; return the task's measures, and rank 0's rows of motion if asked for."""
+        loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
+        windows = self.windows.add if step == self.trial.train.steps else None
+        with self._probe.held_out():
+            measured = self.task.measure(module.model, loader, self._probe.watch, windows)
+        self.windows.close()
+        if self._motion is None or not module.model.trees() or not trainer.is_global_zero:
+            return measured, None
+        return measured, self._motion(step, module.model, self._probe.ids)
 
     def _stop(self, trainer: pl.Trainer, status: Status, message: str) -> None:
         self.status, self.message = status, message

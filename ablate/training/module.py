@@ -8,12 +8,14 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from ablate.config import Trial
 from ablate.distributed import sum_over_ranks
 from ablate.tasks.task import TrialTask
 from ablate.training.optimizer import TreeAdamW
 from ablate.training.schedule import learning_rate
+from ablate.training.sharding import shard
 
 
 class TrialModule(pl.LightningModule):
@@ -33,6 +35,18 @@ class TrialModule(pl.LightningModule):
         # Sum of training losses and their number since the last evaluation.
         self.register_buffer("loss_sum", torch.zeros(2, dtype=torch.float64))
         self.register_buffer("finite", torch.ones((), dtype=torch.bool), persistent=False)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the processes of this trial share its weights."""
+        return self.trial.train.strategy == "fsdp" and self.trial.train.devices > 1
+
+    def configure_model(self) -> None:
+        """Shard the model, once, where the trial asks for that."""
+        if self.sharded and not isinstance(self.model, FSDPModule):
+            mesh = self.device_mesh
+            assert mesh is not None
+            shard(self.model, mesh["data_parallel"])
 
     def training_step(self, batch: dict[str, Tensor], _index: int) -> Tensor:
         """The task's mean loss on a micro-batch, plus the load loss of the reference arm that has one."""

@@ -16,9 +16,11 @@ from functools import partial
 
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment, find_free_network_port
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 
+from ablate.config import Train
 from ablate.training.lifeline import guarded, out_of_reach
+from ablate.training.sharding import Sharded
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +58,14 @@ class _Environment(LightningEnvironment):
         return 0
 
 
-def strategy(place: Place) -> DDPStrategy:
-    """DDP between the trial's processes, gloo on CPUs.
+def strategy(place: Place, train: Train) -> Strategy:
+    """Return how a trial's processes share it: DDP, each with the whole model, or sharded; gloo on CPUs.
 
     Buffers stay each rank's own: they are sums of what the rank saw (added up over ranks where they are read) or the same
     on all of them.
     """
+    if train.strategy == "fsdp":
+        return Sharded(_Environment(place), train.devices)
     return DDPStrategy(cluster_environment=_Environment(place), broadcast_buffers=False)
 
 

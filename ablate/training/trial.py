@@ -30,6 +30,7 @@ from ablate.training.checkpoint import read_checkpoint, save_model, whole_zip
 from ablate.training.module import TrialModule
 from ablate.training.ranks import Place
 from ablate.training.result import Observer, Provenance, TrialResult
+from ablate.training.sharding import whole_state
 
 _log = logging.getLogger(__name__)
 
@@ -110,8 +111,14 @@ def _run(
         trainer.fit(module, datamodule=data, ckpt_path=last if resuming else None, weights_only=True)
     scores: list[Score] = []
     device = trainer.strategy.root_device
+    model = module.model
+    if evaluator.status == "finished" and module.sharded:
+        state = whole_state(model)  # every process takes part
+        if trainer.is_global_zero:
+            model = task.model()
+            model.load_state_dict(state)
     if evaluator.status == "finished" and trainer.is_global_zero:
-        scores = task.ask(module.model.to(device), folder)  # Lightning has put it back on the CPU
+        scores = task.ask(model.to(device), folder)  # Lightning has put it back on the CPU
     result = TrialResult(
         config=trial,
         status=evaluator.status,
@@ -126,7 +133,7 @@ def _run(
     if evaluator.status != "killed" and trainer.is_global_zero:
         _write_usage(evaluator, folder)
         if trial.train.keep_checkpoint and evaluator.status == "finished":
-            save_model(folder / MODEL, module.model, trial, str(task.card["tokenizer_hash"]))
+            save_model(folder / MODEL, model, trial, str(task.card["tokenizer_hash"]))
         last.unlink(missing_ok=True)
     return result
 
@@ -163,7 +170,7 @@ def _trainer(trial: Trial, evaluator: Evaluator, folder: Path, place: Place | No
     return pl.Trainer(
         accelerator="gpu" if gpu else "cpu",
         devices=train.devices,
-        strategy=ranks.strategy(place) if place else "auto",
+        strategy=ranks.strategy(place, train) if place else "auto",
         max_steps=train.steps,
         max_epochs=-1,
         precision="bf16-mixed" if bf16 else "32-true",

@@ -112,7 +112,7 @@ def test_settings_of_a_study_that_cannot_be_carried_on(line: str, told: str, tmp
         ("load_loss: .inf", "base.train.load_loss is inf"),
         ("steps: true", "base.train.steps is True: a number is expected, not true or false"),
         ("batch_size: 100000000000000000000000000000000", "base.train.batch_size is 100000000000000000000000000000000"),
-        ("strategy: fsdp", "strategy is 'fsdp': it is not supported"),
+        ("strategy: deepspeed", "base.train.strategy is 'deepspeed'"),
     ],
 )
 def test_settings_of_training_that_cannot_be_carried_on(train: str, told: str, tmp_path: Path) -> None:

@@ -25,9 +25,28 @@ TOLERANCE = 1e-5
 def on_two(**train: object) -> Trial:
     """Everything that is summed over ranks: thresholds, running means, gradients over micro-batches."""
     return trial(
-        tree={"routing": "centred", "router_input": "centred"},
+        tree={
+            "routing": "centred",
+            "router_input": "centred",
+            "router": "frozen" if "router_steps" in train else "tied",
+        },
         train={"devices": 2, "strategy": "ddp", "accumulate": 2, "keep_checkpoint": True, **train},
     )
+
+
+WAYS: dict[str, dict[str, object]] = {
+    "ddp": {"strategy": "ddp"},
+    "fsdp": {"strategy": "fsdp"},
+    "fsdp, all that reads whole weights": {
+        "strategy": "fsdp",
+        "decay_rows": "active",
+        "node_lr_scale": 0.5,
+        "router_steps": 5,
+        "router_rate": 0.5,
+        "motion": True,
+        "activation_checkpointing": True,
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +66,15 @@ def counts(folder: Path, window: usage.Window) -> list[list[int]]:
 
 
 @pytest.mark.soak
-@pytest.mark.soak_short
-def test_two_processes_equal_one_with_the_joined_batch(data_root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("way", "devices"),
+    [pytest.param(way, n, marks=[pytest.mark.soak_short] * (n == 2)) for way in WAYS for n in (2, 4)],
+)
+def test_processes_equal_one_with_the_joined_batch(way: str, devices: int, data_root: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    joined = run(on_two(devices=1), data_root, one)
-    split = run(on_two(), data_root, two)
+    config = {"batch_size": 2 * devices, **WAYS[way]}
+    joined = run(on_two(devices=1, **config), data_root, one)
+    split = run(on_two(devices=devices, **config), data_root, two)
     assert [e.step for e in split.history] == [e.step for e in joined.history] == [0, 4, 8, 12]
     for a, b in zip(joined.history, split.history, strict=True):
         assert b.bpb == pytest.approx(a.bpb, abs=TOLERANCE)
@@ -69,12 +92,35 @@ def test_two_processes_equal_one_with_the_joined_batch(data_root: Path, tmp_path
 
 
 @pytest.mark.soak
-def test_stopped_and_resumed_on_two_processes(data_root: Path, tmp_path: Path) -> None:
-    whole = run(on_two(), data_root, tmp_path / "whole")
-    killed = run(on_two(), data_root, tmp_path / "parts", StopAt(5))
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_stopped_and_resumed_on_two_processes(way: str, data_root: Path, tmp_path: Path) -> None:
+    config = on_two(**WAYS[way])
+    whole = run(config, data_root, tmp_path / "whole")
+    killed = run(config, data_root, tmp_path / "parts", StopAt(5))
     assert (killed.status, killed.message) == ("killed", "stopped when asked, after step 5")
-    resumed = run(on_two(), data_root, tmp_path / "parts")
+    resumed = run(config, data_root, tmp_path / "parts")
     assert comparable(resumed) == comparable(whole)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("first", "second"), [((2, "fsdp"), (1, "auto")), ((1, "auto"), (2, "fsdp")), ((2, "fsdp"), (4, "fsdp"))]
+)
+def test_a_sharded_run_goes_on_with_another_number_of_processes(
+    first: tuple[int, str], second: tuple[int, str], data_root: Path, tmp_path: Path
+) -> None:
+    configs = [on_two(batch_size=8, devices=n, strategy=way) for n, way in (first, second)]
+    whole = run(on_two(batch_size=8, devices=1, strategy="auto"), data_root, tmp_path / "whole")
+    assert run(configs[0], data_root, tmp_path / "parts", StopAt(5)).status == "killed"
+    watching = StopAt(99)
+    resumed = run(configs[1], data_root, tmp_path / "parts", watching)
+    assert watching.seen == [8, 12], "it went on"
+    for a, b in zip(whole.history, resumed.history, strict=True):
+        assert b.bpb == pytest.approx(a.bpb, abs=TOLERANCE)
+        assert b.train_loss == pytest.approx(a.train_loss, abs=TOLERANCE)
+    models = [load_model(tmp_path / name / "model.pt")[0].state_dict() for name in ("whole", "parts")]
+    for name, value in models[0].items():
+        torch.testing.assert_close(models[1][name], value, rtol=0, atol=TOLERANCE, msg=name)
 
 
 @pytest.mark.soak
