@@ -159,3 +159,11 @@ def test_measurements_are_kept_and_found_by_shape(tmp_path: Path, monkeypatch: p
     assert tuned.lookup("gpu", spec, 1025, 768, "bf16") is None
     assert tuned.lookup("other gpu", spec, 1000, 768, "bf16") is None
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["kernels.json"]
+
+
+@pytest.mark.parametrize("levels", [1, 15, 16, 18])
+def test_tokens_are_sorted_at_any_depth(levels: int) -> None:
+    codes = torch.tensor([[(1 << levels) - 1], [0], [1 << (levels - 1)]], dtype=torch.int32)
+    order = sort_tokens(codes, levels)
+    assert order.keys.tolist() == [sorted(codes[:, 0].tolist())]
+    assert codes[order.perm[0].long(), 0].tolist() == order.keys[0].tolist()

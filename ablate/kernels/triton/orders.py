@@ -24,7 +24,8 @@ class Order:
 
 def sort_tokens(codes: Tensor, levels: int) -> Order:
     """The order of tokens by codes int32 [N, K], the nodes they reach at level `levels` (0 leftmost), for each tree."""
-    keys, perm = torch.sort(codes.t().contiguous().short(), dim=1, stable=True)
+    key = torch.int16 if levels < 16 else torch.int32  # short keys sort faster, and hold codes below 2^15
+    keys, perm = torch.sort(codes.t().contiguous().to(key), dim=1, stable=True)
     return Order(perm.int(), keys.int(), levels)
 
 
