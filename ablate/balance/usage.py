@@ -172,10 +172,13 @@ class UsageParts:
         """The usage table of these evaluations; empty where a model has no trees."""
         return self._table(steps, USAGE, USAGE_SCHEMA)
 
-    def trees(self, steps: Sequence[int], width: int) -> pl.DataFrame:
-        """The tree table of these evaluations, saturation against the last of them included; `width` is L."""
+    def trees(self, steps: Sequence[int], width: int, *, since: int = 0) -> pl.DataFrame:
+        """The tree table of these evaluations, saturation against the last of them included; `width` is L.
+
+        Evaluations before step `since` had other probe tokens: their saturation is unknown.
+        """
         table = self._table(steps, TREES, TREES_SCHEMA)
-        leaves = {step: taken for step in steps if (taken := self.leaves(step)) is not None}
+        leaves = {step: taken for step in steps if step >= since and (taken := self.leaves(step)) is not None}
         return with_saturation(table, leaves, width) if leaves else table
 
     def motion(self, steps: Sequence[int]) -> pl.DataFrame:

@@ -18,7 +18,7 @@ from ablate.balance.probe import Probe
 from ablate.balance.usage import UsageParts
 from ablate.config import Trial
 from ablate.config.endpoints import BPB, quality_of
-from ablate.distributed import gather
+from ablate.distributed import gather, world_size
 from ablate.evaluation.bits_per_byte import WINDOWS_SCHEMA
 from ablate.files import replacing
 from ablate.results.layout import LAST
@@ -44,6 +44,8 @@ class Evaluator(pl.Callback):
         self._motion = MotionRecorder() if trial.train.motion else None
         self.windows = Windows()
         self._training_counts: Tensor | None = None
+        self._comparable_from = 0
+        """First step whose probe tokens are those of now: each process has its own, so another number of them has others."""
         self._seconds, self._since, self._step = 0.0, time.perf_counter(), 0
         # Wall time of earlier attempts, and when (time.perf_counter) this one began.
         self._earlier, self._started = 0.0, started
@@ -58,6 +60,8 @@ class Evaluator(pl.Callback):
             "training_counts": self._probe.training_counts(),
             "motion": self._motion.state_dict() if self._motion else {},
             "parts": json.dumps(self._parts.digests),
+            "ranks": world_size(),
+            "comparable_from": self._comparable_from,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -66,7 +70,9 @@ class Evaluator(pl.Callback):
         self._seconds, self._earlier = state_dict["seconds"], state_dict["spent"]
         self._training_counts = state_dict["training_counts"]
         self._parts.digests = json.loads(state_dict.get("parts", "{}"))
-        if self._motion:
+        same = state_dict.get("ranks", world_size()) == world_size()
+        self._comparable_from = state_dict.get("comparable_from", 0) if same else self.history[-1].step + 1
+        if self._motion and same:
             self._motion.load_state_dict(state_dict["motion"])
 
     def spent(self) -> float:
@@ -81,7 +87,9 @@ class Evaluator(pl.Callback):
         if not self.history:
             self._evaluate(trainer, pl_module)
         else:
-            self._probe.resume(self._parts.leaves(self.history[-1].step), self._training_counts)
+            last = self.history[-1].step
+            kept = last >= self._comparable_from and trainer.is_global_zero  # rank 0's leaves are kept
+            self._probe.resume(self._parts.leaves(last) if kept else None, self._training_counts)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -113,7 +121,8 @@ class Evaluator(pl.Callback):
 
     def trees(self) -> pl_frames.DataFrame:
         """The tree table of every evaluation in the history."""
-        return self._parts.trees([e.step for e in self.history], self.trial.tree.leaves)
+        steps = [e.step for e in self.history]
+        return self._parts.trees(steps, self.trial.tree.leaves, since=self._comparable_from)
 
     def motion(self) -> pl_frames.DataFrame:
         """The motion table of every evaluation in the history."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from ablate.config import Trial
-from ablate.distributed import sum_over_ranks
+from ablate.distributed import sum_over_ranks, world_size
 from ablate.tasks.task import TrialTask
 from ablate.training.optimizer import TreeAdamW
 from ablate.training.schedule import learning_rate
@@ -97,14 +97,16 @@ class TrialModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the random states, so that a resumed run draws what an uninterrupted one would."""
         checkpoint["state_dict"]["loss_sum"] = self._losses()
+        checkpoint["ranks"] = world_size()
         checkpoint["rng_cpu"] = torch.get_rng_state()
         if torch.cuda.is_available():
             checkpoint["rng_cuda"] = torch.cuda.get_rng_state_all()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the random states back; one rank takes the others' losses over."""
-        if self.global_rank > 0:
-            checkpoint["state_dict"]["loss_sum"].zero_()
+        """Put the random states back; one rank takes the others' losses over, a step weighing what it will from now on."""
+        share = world_size() / checkpoint.get("ranks", world_size())
+        losses = checkpoint["state_dict"]["loss_sum"]
+        losses.mul_(share) if self.global_rank == 0 else losses.zero_()
         torch.set_rng_state(checkpoint["rng_cpu"].cpu())
         if torch.cuda.is_available() and "rng_cuda" in checkpoint:
             torch.cuda.set_rng_state_all([state.cpu() for state in checkpoint["rng_cuda"]])

@@ -18,6 +18,7 @@ from ablate.kernels.triton import backend as launch
 from ablate.kernels.triton import tuned
 from ablate.kernels.triton.tiling import STRATEGIES, Strategy
 from ablate.kernels.triton.tune import tune
+from ablate.model.routing import node_sums
 from tests.kernels.conftest import pytest_generate_tests
 from tests.kernels.contract import BackendContract, Case, Layer, check
 
@@ -108,6 +109,19 @@ def test_a_pass_can_be_captured_in_a_graph() -> None:
         want = tree_feedforward(layer.x.flip(0), *arguments, backend="triton")
     assert torch.equal(out.leaves, want.leaves)
     assert torch.equal(out.y, want.y)
+
+
+def test_sums_of_centred_routing_repeat_bitwise_and_can_be_captured() -> None:
+    leaves = torch.randint(0, 64, (10_000, 4), dtype=torch.int32, device="cuda")
+    z = torch.randn(10_000, 4, 6, device="cuda")
+    first = node_sums(leaves, z)
+    assert torch.equal(node_sums(leaves, z), first)
+    torch.testing.assert_close(first.cpu(), node_sums(leaves.cpu(), z.cpu()), rtol=1e-4, atol=1e-3)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        again = node_sums(leaves, z)
+    graph.replay()
+    assert torch.equal(again, first)
 
 
 def test_memory_kept_for_backward_is_leaves_and_path_responses() -> None:
