@@ -18,6 +18,9 @@ _COUNTS = (
 # thread that is waited for is not running, and a step takes ten to forty times as long (docs/cpu.md). After so few turns they sleep, and
 # on cores of its own a step is as fast as before.
 _SPIN, _POLICY, _TURNS = "GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "1000"
+# glibc gives memory of more than some KiB back to the system when a tensor ends, and the next step faults it in again, page by page:
+# a tenth of a step's time (docs/cpu.md). 32 MiB is the most that glibc takes for the first; other C libraries read neither.
+_KEEP = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
 
 
 def available_cpus() -> int:
@@ -40,14 +43,19 @@ def spin_little() -> None:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Give processes that are started inside so many threads each."""
-    with environment(dict.fromkeys(_COUNTS, str(count)) | _waits()):
+    """Give processes that are started inside so many threads each, and let them keep the memory of a step for the next."""
+    with environment(dict.fromkeys(_COUNTS, str(count)) | _waits() | _memory()):
         yield
 
 
 def _waits() -> dict[str, str]:
     """Return how threads are to wait; nothing where the user has said so."""
     return {} if _POLICY in os.environ or _SPIN in os.environ else {_SPIN: _TURNS}
+
+
+def _memory() -> dict[str, str]:
+    """Return how memory is to be kept; nothing where the user has said anything of it."""
+    return {} if "GLIBC_TUNABLES" in os.environ or _KEEP.keys() & os.environ.keys() else _KEEP
 
 
 @contextmanager
