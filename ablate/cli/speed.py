@@ -18,7 +18,7 @@ from ablate.cli.common import (
     kernels_app,
     table_of,
 )
-from ablate.cli.waiting import busy
+from ablate.cli.waiting import busy, say
 from ablate.config import ConfigError
 
 
@@ -64,6 +64,46 @@ def bench_tasks(
             for r in rows
         ]
         table_of(f"A trial on {threads} {'thread' if threads == 1 else 'threads'}", columns, cells)
+
+
+@bench_app.command("study")
+@example("bench study --against ../other --rounds 5")
+def bench_study(
+    name: Annotated[str, typer.Option(help="Whose trials: first, confirm or facts.")] = "first",
+    workers: Annotated[int, typer.Option(min=1, help="Processes; threads are divided among them.")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of the study; with --against, pairs.")] = 1,
+    against: Annotated[
+        Path | None, typer.Option(help="Another checkout of the project, run in turn with this one.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Trials an hour of a small study, and where the seconds of a trial go; two commits side by side."""
+    import statistics
+
+    from ablate.bench import study
+
+    among([name], list(study.STUDIES), "name")
+    rows = study.run(name, workers=workers, rounds=rounds, against=against, say=say)
+    if as_json:
+        for row in rows:
+            print(json.dumps(row))
+        return
+    contenders = list(dict.fromkeys(row["contender"] for row in rows))
+    parts = {who: study.breakdown(rows, who) for who in contenders}
+    cells = [[part, *(f"{parts[who][part]:.2f}" for who in contenders)] for part in parts[contenders[0]]]
+    for shown, key, digits in (
+        ("trials an hour", "trials_an_hour", 0),
+        ("CPU seconds", "cpu_seconds", 2),
+        ("busy", "busy", 2),
+        ("a later trial starts in", "later_start", 2),
+    ):
+        values = [statistics.median(r[key] or 0.0 for r in rows if r["contender"] == who) for who in contenders]
+        cells.append([shown, *(f"{value:.{digits}f}" for value in values)])
+    table_of(f"Core seconds of a trial, {workers} workers, medians of {rounds}", ["part", *contenders], cells)
+    for words, key in (("trials an hour", "trials_an_hour"), ("CPU seconds", "cpu_seconds")):
+        if pairs := study.ratios(rows, key):
+            spread = f"{statistics.median(pairs):.2f} ({min(pairs):.2f} to {max(pairs):.2f}, {rounds} pairs)"
+            print(f"{words}, this over the other: {spread}")
 
 
 @bench_app.command("search")
