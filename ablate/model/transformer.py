@@ -41,22 +41,23 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cache: Cache | None = None, layer: int = 0) -> Tensor:
         """[B, T, d] of x [B, T, d]; position t sees positions up to t, and before them what a cache holds."""
         batch, time, d = x.shape
+        # Turned as they lie, queries and keys together: half the copies of turning each head's own. Every bit is the same.
         qkv = F.linear(x, self.qkv).view(batch, time, 3, self.heads, d // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        qk, v = torch.split(qkv, [2, 1], dim=2)
         if self.qk_norm:
-            q, k = unit(q), unit(k)
+            qk = unit(qk)
+        qk = self._rotate(qk, slice(0, time) if cache is None else cache.positions)
+        q, k = qk.permute(2, 0, 3, 1, 4).unbind()
+        v = v[:, :, 0].transpose(1, 2)
         if cache is None:
-            at = slice(0, time)
-            y = F.scaled_dot_product_attention(self._rotate(q, at), self._rotate(k, at), v, is_causal=True)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
-            y = cache.attend(layer, self._rotate(q, cache.positions), self._rotate(k, cache.positions), v)
+            y = cache.attend(layer, q, k, v)
         return F.linear(y.transpose(1, 2).reshape(batch, time, d), self.out)
 
     def _rotate(self, x: Tensor, at: slice | Tensor) -> Tensor:
-        """Rotary positions on [B, H, T, d/H], the same for all rows or [B, T]; halves are the pairs."""
-        cos, sin = self.cos[at].to(x.dtype), self.sin[at].to(x.dtype)
-        if isinstance(at, Tensor):
-            cos, sin = cos[:, None], sin[:, None]
+        """Rotary positions on [B, T, 2, H, d/H], the same for all rows or [B, T]; halves are the pairs."""
+        cos, sin = (table[at][..., None, None, :].to(x.dtype) for table in (self.cos, self.sin))
         a, b = x.chunk(2, dim=-1)
         return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
