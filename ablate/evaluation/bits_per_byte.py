@@ -46,13 +46,14 @@ def bits_per_byte(
         for batch in batches:
             tokens = batch["tokens"].to(device)
             targets = tokens[:, 1:].reshape(-1)
-            logits = logits_of(model, tokens[:, :-1])
-            sums[0] += F.cross_entropy(logits.reshape(targets.numel(), -1).float(), targets, reduction="sum").double()
+            logits = logits_of(model, tokens[:, :-1]).reshape(targets.numel(), -1)
+            likely = F.log_softmax(logits.float(), dim=-1)
+            sums[0] += F.nll_loss(likely, targets, reduction="sum").double()
             sums[1] += token_bytes[targets].sum()
             if watch is not None:
                 watch(tokens[:, :-1])
             if windows is not None:
-                each = F.cross_entropy(logits.reshape(targets.numel(), -1).float(), targets, reduction="none").double()
+                each = F.nll_loss(likely, targets, reduction="none").double()
                 lengths = token_bytes[targets].reshape(len(tokens), -1).sum(1)
                 windows(each.reshape(len(tokens), -1).sum(1) / math.log(2), lengths)
     sum_over_ranks(sums)
