@@ -250,8 +250,7 @@ def reproduce(
         table_of(f"Trial {found.trial}", ["step", f"{found.endpoint} then", f"{found.endpoint} now"], rows)
         for name, (then, now) in found.changed.items():
             print(f"{name}: {then} then, {now} now")
-        differs = f"Not equal: {found.endpoint} differs by up to {found.largest_difference:g}."
-        print("Equal bit for bit." if found.equal else differs)
+        print(found.verdict)
         if keep:
             print(
                 f"weights: {found.weights}" if found.weights else "Its weights are not kept: they are another model's."

@@ -54,6 +54,15 @@ class Reproduction:
             return float("inf")
         return max((abs(self.after[step] - value) for step, value in self.before.items()), default=0.0)
 
+    @property
+    def verdict(self) -> str:
+        """Whether the two are equal, in words; where they are not and the code is another, which commit they need."""
+        if self.equal:
+            return "Equal bit for bit."
+        words = f"Not equal: {self.endpoint} differs by up to {self.largest_difference:g}."
+        made, _ = self.changed.get(names.GIT_COMMIT, ("", ""))
+        return f"{words} Commit {made} made it: check that out to repeat it exactly." if made else words
+
 
 def reproduce(
     run: str,
