@@ -3,10 +3,12 @@ be interrupted hundreds of times in a test. Importable, as workers are spawned p
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,25 @@ def study(**changes: Any) -> Study:
         "seeds": [0, 1],
     }
     return parse(Study, {**settings, **changes})
+
+
+_WEIGHTS: list[weakref.ref[Weights]] = []
+
+
+class Weights:
+    """Stands for a model: it is part of a cycle, as Lightning's modules and trainers are."""
+
+    def __init__(self) -> None:
+        self.trainer = {"module": self}
+
+
+def cyclic(trial: Trial, **rest: Any) -> TrialResult:
+    """Descend, and fail where the weights of an earlier trial of this process are still there."""
+    gc.disable()  # so that none goes by chance
+    if any(weights() is not None for weights in _WEIGHTS):
+        raise RuntimeError("an earlier trial's weights are kept")
+    _WEIGHTS.append(weakref.ref(Weights()))
+    return descend(trial, **rest)
 
 
 def descend(

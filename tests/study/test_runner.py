@@ -233,3 +233,8 @@ def test_progress_without_a_terminal_is_a_line_a_trial(undisturbed: Path, tmp_pa
     lines = [line for line in out.getvalue().splitlines() if line.startswith("[")]
     assert [line.split("]")[0] for line in lines] == ["[1/2", "[2/2"]
     assert "mirror=0 · seed 0: finished, " in lines[0]
+
+
+def test_nothing_of_a_trial_stays_in_its_worker(tmp_path: Path) -> None:
+    outcome = run_study(objective.study(), tmp_path, workers=1, run=objective.cyclic)
+    assert outcome == Outcome(8, 8)
