@@ -11,6 +11,7 @@ import matplotlib as mpl
 import polars as pl
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from PIL import Image
 
 from ablate.analysis.arms import level_text
 from ablate.analysis.frames import Tables
@@ -93,11 +94,13 @@ def svg(figure: Figure) -> str:
 
 
 def png(figure: Figure) -> bytes:
-    """Return a PNG at 160 dots an inch without software metadata."""
-    buffer = io.BytesIO()
+    """Return a PNG at 160 dots an inch without software metadata, and without an alpha channel: its paper is opaque."""
+    drawn, kept = io.BytesIO(), io.BytesIO()
     with mpl.rc_context(RC):
-        figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
-    return buffer.getvalue()
+        figure.savefig(drawn, format="png", dpi=160, metadata={"Software": None})
+    with Image.open(drawn) as picture:
+        picture.convert("RGB").save(kept, "png", optimize=True, dpi=(160, 160))
+    return kept.getvalue()
 
 
 def inline(text: str, prefix: str, label: str) -> str:
