@@ -141,7 +141,7 @@ def _summary(c: Context) -> list[str]:
     if over:
         out.append(
             f"Intervals are over seeds, on one held-out text. What {over[0]['windows']} other windows of the same source might "
-            "show is the column *over text*."
+            'show is the column "over text".'
         )
     if c.findings["design"] != "confirm":
         out.append(
