@@ -211,9 +211,11 @@ def generate(
         model, trial, tokenizer = load_model(path)
         own = corpus_of(trial, tokenizer, DATA)
     print(prompt, end="", flush=True)
-    for piece in stream(model, own.codec, prompt, max_tokens=max_tokens, sampling=sampling):
-        print(piece, end="", flush=True)
-    print()
+    try:
+        for piece in stream(model, own.codec, prompt, max_tokens=max_tokens, sampling=sampling):
+            print(piece, end="", flush=True)
+    finally:
+        print()  # also where it is stopped: what is said of that begins a line
 
 
 @app.command()
