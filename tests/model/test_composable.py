@@ -62,6 +62,13 @@ SETTINGS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+QUICK = {"plain", "nodes only route", "mirror", "routing centred", "both centred, frozen", "hash", "flip", "load loss"}
+GRAPHS = [
+    pytest.param(kind, marks=[] if kind in {*QUICK, "ragged, frozen"} else pytest.mark.soak_short) for kind in SETTINGS
+]
+"""Every setting; those that share all code with another one are traced in `make brief`."""
+
+
 def model(kind: str) -> nn.Module:
     """The layer between two others, so that a graph has something on both of its sides."""
     torch.manual_seed(0)
@@ -98,7 +105,7 @@ def _forget_graphs() -> None:
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("kind", SETTINGS)
+@pytest.mark.parametrize("kind", GRAPHS)
 def test_compiles_as_one_graph_with_the_same_values_and_gradients(kind: str) -> None:
     eager, compiled = model(kind), model(kind)
     call = torch.compile(compiled, backend="aot_eager", fullgraph=True)
@@ -106,7 +113,7 @@ def test_compiles_as_one_graph_with_the_same_values_and_gradients(kind: str) -> 
 
 
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "not strict"])
-@pytest.mark.parametrize("kind", SETTINGS)
+@pytest.mark.parametrize("kind", GRAPHS)
 def test_exports_with_the_same_values_and_gradients(kind: str, strict: bool) -> None:
     net = model(kind).eval()
     with warnings.catch_warnings():
