@@ -103,10 +103,16 @@ class TrialModule(pl.LightningModule):
             checkpoint["rng_cuda"] = torch.cuda.get_rng_state_all()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the random states back; one rank takes the others' losses over, a step weighing what it will from now on."""
+        """Put the random states back; rank 0 goes on with the losses of all.
+
+        With another number of processes a step adds another number of losses, so the sums so far are scaled to it.
+        """
         share = world_size() / checkpoint.get("ranks", world_size())
         losses = checkpoint["state_dict"]["loss_sum"]
-        losses.mul_(share) if self.global_rank == 0 else losses.zero_()
+        if self.global_rank == 0:
+            losses.mul_(share)
+        else:
+            losses.zero_()
         torch.set_rng_state(checkpoint["rng_cpu"].cpu())
         if torch.cuda.is_available() and "rng_cuda" in checkpoint:
             torch.cuda.set_rng_state_all([state.cpu() for state in checkpoint["rng_cuda"]])

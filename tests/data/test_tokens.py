@@ -1,5 +1,6 @@
 """Preparation: splits, packing, the bytes behind tokens, repeatability, and damaged folders."""
 
+# Longer than 400 lines because all of it prepares small corpora with the helpers at its head.
 from __future__ import annotations
 
 import hashlib

@@ -1,5 +1,6 @@
 """Trees in place of trained MLPs: exact where they can be, close where neurons are placed by what they do, saved and loaded."""
 
+# Longer than 400 lines because all of it converts models made by the helpers at its head.
 from __future__ import annotations
 
 import copy

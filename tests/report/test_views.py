@@ -11,8 +11,9 @@ import pytest
 
 from ablate.analysis.frames import load
 from ablate.report import views
+from ablate.report.draw import name_marks
 from ablate.report.parts import View
-from ablate.report.style import assign
+from ablate.report.style import assign, new
 from ablate.report.tables import columns
 from ablate.report.views.verdicts import forest
 from ablate.results.record import Kind
@@ -20,6 +21,25 @@ from tests.report.synthetic import write_study
 
 LONGEST = 70
 """Lines of a function in the report."""
+
+
+def test_names_beside_marks_do_not_cover_each_other_or_a_mark() -> None:
+    figure = new(4, 3)
+    ax = figure.subplots()
+    points = [(f"c{i:03}", 0.5 + 0.004 * i, 0.5 + 0.003 * (i % 3)) for i in range(9)] + [
+        ("alone", 0.0, 0.0),
+        ("right", 1.0, 1.0),
+    ]
+    ax.plot([x for _, x, _ in points], [y for _, _, y in points], "o")
+    written = name_marks(figure, ax, points)
+    boxes = {text.get_text(): text.get_window_extent() for text in ax.texts}
+    assert set(boxes) == set(written)
+    assert {"c000", "alone", "right"} <= set(written)
+    assert len(written) < len(points), "not all have room"
+    marks = ax.transData.transform([(x, y) for _, x, y in points])
+    for name, box in boxes.items():
+        assert not any(box.overlaps(other) for text, other in boxes.items() if text != name)
+        assert not any(box.contains(*mark) for mark in marks)
 
 
 @pytest.mark.parametrize("path", sorted(Path(views.__file__).parents[1].rglob("*.py")), ids=lambda p: p.stem)
